@@ -1,0 +1,46 @@
+# Each target sets up what it needs: .venv is made on first use and again whenever pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+WORKERS ?= 2
+
+.PHONY: demo test test-gpu lint format types space clean
+.DEFAULT_GOAL := test
+
+# torch goes first, by its exact version, so that nothing else pulls another build of it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/diffusers-sla demo --out outputs/demo
+
+# Kernel tests run under Triton's interpreter, on CPU tensors.
+test: $(READY)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+
+# The kernel tests on a real GPU, with whatever torch and triton the environment has.
+test-gpu:
+	$(PYTHON) -m pytest tests/kernel -m "gpu or not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+space: $(READY)
+	$(BIN)/python space_app/app.py
+
+clean:
+	rm -rf $(VENV) outputs dist build .pytest_cache .mypy_cache .ruff_cache

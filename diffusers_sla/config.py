@@ -1,0 +1,103 @@
+"""SLAConfig: every setting that changes what SLA computes, validated once, here."""
+
+import ast
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import SLAConfigError
+
+BLOCK_SIZES = (16, 32, 64, 128)
+FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
+LINEAR_MODES = ("all", "marginal", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLAConfig:
+    """Settings of Sparse-Linear Attention (arXiv:2509.24006). They travel with every state file.
+
+    Args:
+        topk: Share of key blocks each query block attends to exactly, in (0, 1]; at least one block is kept.
+        blkq: Queries per block: 16, 32, 64 or 128.
+        blkk: Keys per block: 16, 32, 64 or 128.
+        feature_map: phi of the linear branch: "softmax" over the head dimension, "elu" (elu + 1), "relu", or the
+            learnable "hedgehog" (softmax of [xM, -xM]).
+        tie_feature_map_qk: Whether q and k share a learnable phi. Without effect for the fixed ones.
+        linear: Keys the linear branch sums over: "all" of them (the released checkpoints), the "marginal" blocks of
+            each query block (the paper, eq. 5), or "none" (sparse only).
+        skip: Share of key blocks, those of lowest score, that neither branch sees, in [0, 1). Only
+            linear="marginal" tells them from the marginal ones.
+
+    Raises:
+        SLAConfigError: A value is out of range; names the setting, the value and what is allowed.
+    """
+
+    topk: float = 0.2
+    blkq: int = 64
+    blkk: int = 64
+    feature_map: str = "softmax"
+    tie_feature_map_qk: bool = True
+    linear: str = "all"
+    skip: float = 0.0
+
+    def __post_init__(self):
+        _check_number("topk", self.topk, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _check_number("skip", self.skip, lambda x: 0 <= x < 1, "a number in [0, 1)")
+        _check_choice("blkq", self.blkq, BLOCK_SIZES)
+        _check_choice("blkk", self.blkk, BLOCK_SIZES)
+        _check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        _check_choice("linear", self.linear, LINEAR_MODES)
+        if not isinstance(self.tie_feature_map_qk, bool):
+            raise SLAConfigError(f"tie_feature_map_qk must be true or false, got {self.tie_feature_map_qk!r}")
+        if self.topk + self.skip > 1:
+            raise SLAConfigError(f"topk + skip must not exceed 1, got {self.topk} + {self.skip}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of every setting, as written into state files."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, settings: "SLAConfig | Mapping[str, Any] | str | None") -> "SLAConfig":
+        """SLAConfig from one, a mapping, or a JSON or Python-dict string such as '{"topk": 0.15, "blkq": 32}'.
+
+        Raises:
+            SLAConfigError: The string is neither, a key is unknown, or a value is out of range.
+        """
+        if settings is None:
+            return cls()
+        if isinstance(settings, cls):
+            return settings
+        if isinstance(settings, str):
+            settings = _parse_dict(settings)
+        if not isinstance(settings, Mapping):
+            raise SLAConfigError(f"SLA settings must be a dict or a JSON object, got {type(settings).__name__}")
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            raise SLAConfigError(f"unknown SLA setting {unknown[0]!r}; known are {', '.join(known)}")
+        return cls(**settings)
+
+
+def _parse_dict(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as json_error:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise SLAConfigError(
+                f"sla_config is neither JSON nor a Python dict: {text!r} ({json_error}); "
+                """an example: '{"topk": 0.15, "blkq": 32}'"""
+            ) from json_error
+
+
+def _check_number(name, value, allowed, what):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not allowed(value):
+        raise SLAConfigError(f"{name} must be {what}, got {value!r}")
+
+
+def _check_choice(name, value, choices):
+    if isinstance(value, bool) or value not in choices:
+        raise SLAConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -1,0 +1,5 @@
+"""Sparse-linear attention on torch and triton alone; this folder can be exported and used without the package."""
+
+from .api import select_blocks, sla_attention
+
+__all__ = ["select_blocks", "sla_attention"]
