@@ -35,7 +35,7 @@ def block_scores_reference(q, k, blkq, blkk, scale=None, key_mask=None, keep_q=(
 def block_map_reference(scores, topk, skip):
     """int8 map of eq. 3 from block scores: 1 critical, 0 marginal, -1 negligible. Ties go to the lower index."""
     n = scores.shape[-1]
-    order = scores.argsort(-1, descending=True, stable=True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(n, device=order.device).expand_as(order))
     block_map = torch.zeros_like(scores, dtype=torch.int8)
     block_map[ranks >= n - int(skip * n)] = -1
