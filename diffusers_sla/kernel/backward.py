@@ -1,0 +1,256 @@
+"""The sparse branch backward: dQ over the selected list, dK and dV over the inverse list. No atomics."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import block_d, dkdv_config, dq_config
+
+
+@triton.jit
+def _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION: tl.constexpr):
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    p = tl.where(visible[None, :], tl.exp2(scores - lse_log2[:, None]), 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "topk"])
+def _sparse_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLKK: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dQ of one query block over its key blocks, and delta = rowsum(dO_s * O_s).
+
+    Grid: (num_kept + num_q_blocks, B * H), as in the forward. dq holds the linear branch's share of the queries in
+    blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
+    """
+    pid = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    h_kv = h // (H // Hkv)
+    cols = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    block = pid - num_kept
+    is_kept = block < 0
+    row = q_first + block * BLOCK_M
+    row_end = q_end
+    if KEEP_Q:
+        if is_kept:
+            in_front = pid < num_front
+            row = tl.where(in_front, pid * BLOCK_M, q_end + (pid - num_front) * BLOCK_M)
+            row_end = tl.where(in_front, q_first, Lq)
+    rows = row + tl.arange(0, BLOCK_M)
+    row_valid = rows < row_end
+    inside = row_valid[:, None] & (cols[None, :] < D)
+    at = rows.to(tl.int64)[:, None]
+    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + at * stride_ql + cols[None, :], mask=inside, other=0.0)
+    do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
+    o_offsets = b * stride_ob + h * stride_oh + at * stride_ol + cols[None, :]
+    o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
+    tl.store(delta_ptr + bh * Lq + rows, delta, mask=row_valid)
+    log2e: tl.constexpr = 1.4426950408889634
+    lse_log2 = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0) * log2e
+
+    k_base = k_ptr + b * stride_kb + h_kv * stride_kh
+    v_base = v_ptr + b * stride_vb + h_kv * stride_vh
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    PER_STEP: tl.constexpr = BLOCK_N // BLKK
+    listed = topk
+    if KEEP_Q:
+        listed = tl.where(is_kept, 0, topk)
+    list_base = indices_ptr + (bh * num_q_blocks + block) * topk
+    for start in range(0, listed, PER_STEP):
+        position = start + n // BLKK
+        chosen = tl.load(list_base + position, mask=position < listed, other=0)
+        keys = k_first + chosen * BLKK + n % BLKK
+        visible = (position < listed) & (keys < k_end)
+        if HAS_MASK:
+            visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+        offsets = keys.to(tl.int64)[:, None]
+        load = visible[:, None] & (cols[None, :] < D)
+        k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
+        v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
+        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION)
+    if KEEP_Q or KEEP_K:
+        front_end = k_first
+        back = k_end
+        if KEEP_Q:
+            front_end = tl.where(is_kept, Lk, k_first)
+            back = tl.where(is_kept, Lk, k_end)
+        num_front_steps = tl.cdiv(front_end, BLOCK_N)
+        for step in range(0, num_front_steps + tl.cdiv(Lk - back, BLOCK_N)):
+            at_front = step < num_front_steps
+            keys = tl.where(at_front, step * BLOCK_N, back + (step - num_front_steps) * BLOCK_N) + n
+            visible = keys < tl.where(at_front, front_end, Lk)
+            if HAS_MASK:
+                visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+            offsets = keys.to(tl.int64)[:, None]
+            load = visible[:, None] & (cols[None, :] < D)
+            k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
+            v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
+            dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION)
+
+    dq *= scale
+    if HAS_LINEAR:
+        dq += tl.load(dq_ptr + o_offsets, mask=inside & (block >= 0), other=0.0).to(tl.float32)
+    tl.store(dq_ptr + o_offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION: tl.constexpr):
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [N, M]
+    log2e: tl.constexpr = 1.4426950408889634
+    p = tl.exp2(scores - (lse * log2e)[None, :])
+    p = tl.where(visible[:, None] & row_valid[None, :], p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    ds = p * (dp - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_k_blocks", "total"])  # fmt: skip  # noqa: E501
+def _sparse_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, offsets_ptr, list_ptr, mask_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
+    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, total, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLKQ: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dK and dV of one key block over the query blocks that chose it, all heads of its group.
+
+    Grid: (num_kept + num_k_blocks, B * Hkv); the first num_kept programs take the kept keys, over every query.
+    offsets: [B * H, num_k_blocks + 1], list: [B * H, total], int32. dk, dv: strides g, and the linear branch's share
+    of the keys in blocks when HAS_LINEAR.
+    """
+    pid = tl.program_id(0)
+    bh_kv = tl.program_id(1).to(tl.int64)
+    b = bh_kv // Hkv
+    h_kv = bh_kv % Hkv
+    group = H // Hkv
+    cols = tl.arange(0, BLOCK_D)
+    m = tl.arange(0, BLOCK_M)
+    block = pid - num_kept
+    is_kept = block < 0
+    key = k_first + block * BLOCK_N
+    key_end = k_end
+    if KEEP_K:
+        if is_kept:
+            in_front = pid < num_front
+            key = tl.where(in_front, pid * BLOCK_N, k_end + (pid - num_front) * BLOCK_N)
+            key_end = tl.where(in_front, k_first, Lk)
+    keys = key + tl.arange(0, BLOCK_N)
+    key_valid = keys < key_end
+    visible = key_valid
+    if HAS_MASK:
+        visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+    inside = visible[:, None] & (cols[None, :] < D)
+    at = keys.to(tl.int64)[:, None]
+    k = tl.load(k_ptr + b * stride_kb + h_kv * stride_kh + at * stride_kl + cols[None, :], mask=inside, other=0.0)
+    v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + at * stride_vl + cols[None, :], mask=inside, other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    PER_STEP: tl.constexpr = BLOCK_M // BLKQ
+    for g in range(0, group):
+        h = h_kv * group + g
+        bh = b * H + h
+        q_base = q_ptr + b * stride_qb + h * stride_qh
+        do_base = do_ptr + b * stride_db + h * stride_dh
+        first = 0
+        last = 0
+        if not is_kept:
+            first = tl.load(offsets_ptr + bh * (num_k_blocks + 1) + block)
+            last = tl.load(offsets_ptr + bh * (num_k_blocks + 1) + block + 1)
+        for start in range(first, last, PER_STEP):
+            position = start + m // BLKQ
+            chosen = tl.load(list_ptr + bh * total + position, mask=position < last, other=0)
+            rows = q_first + chosen * BLKQ + m % BLKQ
+            row_valid = (position < last) & (rows < q_end)
+            load = row_valid[:, None] & (cols[None, :] < D)
+            r = rows.to(tl.int64)[:, None]
+            q = tl.load(q_base + r * stride_ql + cols[None, :], mask=load, other=0.0)
+            do = tl.load(do_base + r * stride_dl + cols[None, :], mask=load, other=0.0)
+            lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
+            delta = tl.load(delta_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
+            dk, dv = _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION)
+        if KEEP_Q or KEEP_K:
+            front_end = q_first
+            back = q_end
+            if KEEP_K:
+                front_end = tl.where(is_kept, Lq, q_first)
+                back = tl.where(is_kept, Lq, q_end)
+            num_front_steps = tl.cdiv(front_end, BLOCK_M)
+            for step in range(0, num_front_steps + tl.cdiv(Lq - back, BLOCK_M)):
+                at_front = step < num_front_steps
+                rows = tl.where(at_front, step * BLOCK_M, back + (step - num_front_steps) * BLOCK_M) + m
+                row_valid = rows < tl.where(at_front, front_end, Lq)
+                load = row_valid[:, None] & (cols[None, :] < D)
+                r = rows.to(tl.int64)[:, None]
+                q = tl.load(q_base + r * stride_ql + cols[None, :], mask=load, other=0.0)
+                do = tl.load(do_base + r * stride_dl + cols[None, :], mask=load, other=0.0)
+                lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
+                delta = tl.load(delta_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
+                dk, dv = _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION)
+
+    dk *= scale
+    g_offsets = b * stride_gb + h_kv * stride_gh + at * stride_gl + cols[None, :]
+    stored = key_valid[:, None] & (cols[None, :] < D)
+    if HAS_LINEAR:
+        linear = stored & (block >= 0)
+        dk += tl.load(dk_ptr + g_offsets, mask=linear, other=0.0).to(tl.float32)
+        dv += tl.load(dv_ptr + g_offsets, mask=linear, other=0.0).to(tl.float32)
+    tl.store(dk_ptr + g_offsets, dk.to(dk_ptr.dtype.element_ty), mask=stored)
+    tl.store(dv_ptr + g_offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
+
+
+def sparse_bwd(do, q, k, v, o_s, lse, indices, offsets, listed, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
+    """Launch the backward of the sparse branch; adds to what dq, dk, dv hold in blocks when `linear`, else overwrites.
+
+    dk and dv share one order of strides.
+    """
+    B, H, Lq, D = q.shape
+    Hkv, Lk = k.shape[1], k.shape[2]
+    num_q_blocks, topk = indices.shape[2:]
+    num_k_blocks = triton.cdiv(Lk - sum(keep_k), blkk)
+    delta = torch.empty_like(lse)
+    ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    flags = dict(
+        HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
+        PRECISION="ieee",
+    )  # fmt: skip
+    log2e = math.log2(math.e)
+
+    front, back = triton.cdiv(keep_q[0], blkq), triton.cdiv(keep_q[1], blkq)
+    config = dq_config(q, blkq, blkk)
+    _sparse_bwd_dq_kernel[(front + back + num_q_blocks, B * H)](
+        q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
+        *strides, *o_s.stride()[:3],
+        H, Hkv, *ranges, front, front + back, num_q_blocks, topk, scale, scale * log2e,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk), BLKK=blkk, **flags,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    front, back = triton.cdiv(keep_k[0], blkk), triton.cdiv(keep_k[1], blkk)
+    config = dkdv_config(q, blkq, blkk)
+    _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks, B * Hkv)](
+        q, k, v, do, offsets, listed, key_mask, lse, delta, dk, dv,
+        *strides, *dk.stride()[:3],
+        H, Hkv, *ranges, front, front + back, num_k_blocks, listed.shape[1], scale, scale * log2e,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=max(config.block_n, blkq), BLOCK_N=blkk, BLKQ=blkq, **flags,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""phi of the linear branch and its derivative, on tiles in registers.
+
+A tile x is [rows, features] float32. "hedgehog" has two halves, exp(x) and exp(-x) under one sum; the others have one.
+Softmax-like maps need a maximum and a sum over the whole row: `phi_stats` takes the whole row, then `phi_tile` serves
+any tile of its columns.
+"""
+
+import triton
+import triton.language as tl
+
+HALVES = {"softmax": 1, "elu": 1, "relu": 1, "hedgehog": 2}
+
+
+@triton.jit
+def phi_stats(x, valid, PHI: tl.constexpr):
+    """Row maximum and row sum of a softmax-like phi: two [rows] vectors. `valid` [1, columns] masks padding."""
+    if PHI == "softmax":
+        top = tl.max(tl.where(valid, x, float("-inf")), 1)
+        total = tl.sum(tl.where(valid, tl.exp(x - top[:, None]), 0.0), 1)
+    elif PHI == "hedgehog":
+        top = tl.max(tl.where(valid, tl.abs(x), 0.0), 1)
+        both = tl.exp(x - top[:, None]) + tl.exp(-x - top[:, None])
+        total = tl.sum(tl.where(valid, both, 0.0), 1)
+    else:
+        top = tl.zeros([x.shape[0]], tl.float32)
+        total = top + 1.0
+    return top, total
+
+
+@triton.jit
+def phi_tile(x, top, total, valid, PHI: tl.constexpr, HALF: tl.constexpr):
+    """phi of a tile; 0 where not `valid`."""
+    if PHI == "softmax":
+        f = tl.exp(x - top[:, None]) / total[:, None]
+    elif PHI == "hedgehog":
+        if HALF == 0:
+            f = tl.exp(x - top[:, None]) / total[:, None]
+        else:
+            f = tl.exp(-x - top[:, None]) / total[:, None]
+    elif PHI == "elu":
+        f = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+    else:
+        f = tl.maximum(x, 0.0)
+    return tl.where(valid, f, 0.0)
+
+
+@triton.jit
+def phi_tile_backward(x, f, df, t, PHI: tl.constexpr, HALF: tl.constexpr):
+    """Gradient of x from that of a tile f = phi(x); t [rows] is sum(f * df) over the whole row, both halves."""
+    if PHI == "softmax":
+        dx = f * (df - t[:, None])
+    elif PHI == "hedgehog":
+        dx = f * (df - t[:, None])
+        if HALF == 1:
+            dx = -dx
+    elif PHI == "elu":
+        dx = df * tl.where(x > 0, 1.0, f)
+    else:
+        dx = df * tl.where(x > 0, 1.0, 0.0)
+    return dx

@@ -1,0 +1,186 @@
+"""The sparse branch forward, with the linear branch and both projections in its epilogue."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .features import HALVES, phi_stats, phi_tile
+from .launch import block_d, forward_config
+
+
+@triton.jit
+def _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION: tl.constexpr):
+    """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N], in log2 units
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
+    p = tl.exp2(scores - finite_max[:, None])
+    rescale = tl.exp2(row_max - finite_max)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    return acc, row_sum, new_max
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "topk", "eps"])  # fmt: skip  # noqa: E501
+def _sparse_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, fq_ptr, indices_ptr, mask_ptr, m_ptr, z_ptr, a_ptr, bias_ptr, o_ptr, o_s_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_fb, stride_fh, stride_fl, stride_ob, stride_oh, stride_ol,
+    H, Hkv, M_HEADS, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk,
+    scale_log2, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr,
+    HAS_LINEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes one query block of one head.
+
+    Grid: (num_kept + num_q_blocks, B * H); the first num_kept programs take the kept queries, over every key.
+    indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
+    m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
+    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H, Lq] float32.
+    """
+    pid = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    h_kv = h // (H // Hkv)
+    cols = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    block = pid - num_kept
+    is_kept = block < 0
+    row = q_first + block * BLOCK_M
+    row_end = q_end
+    if KEEP_Q:
+        if is_kept:
+            in_front = pid < num_front
+            row = tl.where(in_front, pid * BLOCK_M, q_end + (pid - num_front) * BLOCK_M)
+            row_end = tl.where(in_front, q_first, Lq)
+    rows = row + tl.arange(0, BLOCK_M)
+    row_valid = rows < row_end
+    inside = row_valid[:, None] & (cols[None, :] < D)
+    q_offsets = b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_ql + cols[None, :]
+    q = tl.load(q_ptr + q_offsets, mask=inside, other=0.0)
+
+    k_base = k_ptr + b * stride_kb + h_kv * stride_kh
+    v_base = v_ptr + b * stride_vb + h_kv * stride_vh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    PER_STEP: tl.constexpr = BLOCK_N // BLKK
+    listed = topk
+    if KEEP_Q:
+        listed = tl.where(is_kept, 0, topk)
+    list_base = indices_ptr + (bh * num_q_blocks + block) * topk
+    for start in range(0, listed, PER_STEP):
+        position = start + n // BLKK
+        chosen = tl.load(list_base + position, mask=position < listed, other=0)
+        keys = k_first + chosen * BLKK + n % BLKK
+        visible = (position < listed) & (keys < k_end)
+        if HAS_MASK:
+            visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+        offsets = keys.to(tl.int64)[:, None]
+        load = visible[:, None] & (cols[None, :] < D)
+        k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
+        v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
+        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION)
+    if KEEP_Q or KEEP_K:
+        # Keys before the first block, then after the last; for kept queries the first range is every key.
+        front_end = k_first
+        back = k_end
+        if KEEP_Q:
+            front_end = tl.where(is_kept, Lk, k_first)
+            back = tl.where(is_kept, Lk, k_end)
+        num_front_steps = tl.cdiv(front_end, BLOCK_N)
+        for step in range(0, num_front_steps + tl.cdiv(Lk - back, BLOCK_N)):
+            at_front = step < num_front_steps
+            keys = tl.where(at_front, step * BLOCK_N, back + (step - num_front_steps) * BLOCK_N) + n
+            visible = keys < tl.where(at_front, front_end, Lk)
+            if HAS_MASK:
+                visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+            offsets = keys.to(tl.int64)[:, None]
+            load = visible[:, None] & (cols[None, :] < D)
+            k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
+            v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
+            acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION)
+
+    empty = row_sum == 0.0
+    acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    o_offsets = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol + cols[None, :]
+    if SAVE:
+        ln2: tl.constexpr = 0.6931471805599453
+        lse = tl.where(empty, float("inf"), (row_max + tl.log2(row_sum)) * ln2)
+        tl.store(lse_ptr + bh * Lq + rows, lse, mask=row_valid)
+    if SAVE or HAS_A:
+        tl.store(o_s_ptr + o_offsets, acc.to(o_s_ptr.dtype.element_ty), mask=inside)
+    o = acc
+    if not is_kept:
+        r = tl.arange(0, BLOCK_R)
+        if HAS_A:
+            tl.debug_barrier()  # the tiles below are read back from what this program just stored
+            o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for first in range(0, D, BLOCK_R):
+                part = first + r
+                o_s = tl.load(
+                    o_s_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol + part[None, :],
+                    mask=row_valid[:, None] & (part[None, :] < D), other=0.0,
+                )  # fmt: skip
+                a = tl.load(a_ptr + cols[None, :] * D + part[:, None], mask=(cols[None, :] < D) & (part[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
+                o = tl.dot(o_s, a.to(o_s.dtype), o, input_precision=PRECISION)
+        if HAS_LINEAR:
+            x = q
+            f_base = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
+            if PHI == "hedgehog":
+                f_base = fq_ptr + b * stride_fb + h * stride_fh + rows.to(tl.int64)[:, None] * stride_fl
+                x = tl.load(f_base + cols[None, :], mask=inside, other=0.0)
+            top, total = phi_stats(x.to(tl.float32), cols[None, :] < D, PHI)
+            m_head = b * M_HEADS + h // (H // M_HEADS)
+            m_at = m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, block)
+            y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            den = tl.zeros([BLOCK_M], tl.float32)
+            for half in tl.static_range(NUM_HALVES):
+                for first in range(0, D, BLOCK_R):
+                    part = first + r
+                    x_part = tl.load(f_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)
+                    f = phi_tile(x_part.to(tl.float32), top, total, part[None, :] < D, PHI, half)
+                    feature = (m_at * NUM_HALVES + half) * D + part
+                    z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
+                    m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                    den += tl.sum(f * z[None, :], 1)
+                    y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
+            o += y / (den + eps)[:, None]
+        if HAS_BIAS:
+            o += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q, keep_k, feature_map, scale, eps, save):  # fmt: skip  # noqa: E501
+    """Launch the forward. Returns o in q's order of strides, and o_s, lse when `save` (o_s also when there is an A)."""
+    B, H, Lq, D = q.shape
+    Hkv, Lk = k.shape[1], k.shape[2]
+    num_q_blocks, topk = indices.shape[2:]
+    o = torch.empty_like(q)
+    o_s = torch.empty_like(q) if save or a is not None else None
+    lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32) if save else None
+    num_front, num_back = triton.cdiv(keep_q[0], blkq), triton.cdiv(keep_q[1], blkq)
+    num_kept = num_front + num_back
+    config = forward_config(q, blkq, blkk)
+    fq = q if fq is None else fq
+    linear = m is not None
+    _sparse_fwd_kernel[(num_kept + num_q_blocks, B * H)](
+        q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
+        H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
+        Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks, topk,
+        scale * math.log2(math.e), eps,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk), BLOCK_R=min(config.block_r, block_d(D)),
+        BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map],
+        HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
+        HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION="ieee",
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return o, o_s, lse
