@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import block_d, dkdv_config, dq_config
+from .launch import PRECISION, block_d, dkdv_config, dq_config
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, offsets, listed, key_mask, dq, dk
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
         HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
-        PRECISION="ieee",
+        PRECISION=PRECISION,
     )  # fmt: skip
     log2e = math.log2(math.e)
 

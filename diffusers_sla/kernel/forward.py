@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import block_d, forward_config
+from .launch import PRECISION, block_d, forward_config
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
         D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk), BLOCK_R=min(config.block_r, block_d(D)),
         BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map],
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
-        HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION="ieee",
+        HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return o, o_s, lse

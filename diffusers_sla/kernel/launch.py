@@ -11,6 +11,10 @@ def block_d(D):
     return max(16, 1 << (D - 1).bit_length())
 
 
+# How float32 matrices are multiplied: three tensor-core products that keep float32's accuracy where there are such.
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+
 @dataclass(frozen=True)
 class Launch:
     """num_warps, num_stages: as in Triton. block_n: columns per step of the inner loop. block_r, block_c: tile of a

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
-from .launch import block_d, linear_config, prepare_config
+from .launch import PRECISION, block_d, linear_config, prepare_config
 
 EPS = 1e-5
 
@@ -239,7 +239,7 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     inv, dden = torch.empty((2, B, H, Lq), device=x.device, dtype=torch.float32)
     tiles = dict(
         D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=halves, PRECISION="ieee", num_warps=config.num_warps, num_stages=config.num_stages,
+        NUM_HALVES=halves, PRECISION=PRECISION, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     strides = (*x.stride()[:3], *do.stride()[:3])
     _linear_bwd_q_kernel[(num_q_blocks, B * H)](
@@ -289,6 +289,6 @@ def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1],
         D=D, BLOCK_D=block_d(D), BLOCK_N=blkk, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION="ieee",
+        NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

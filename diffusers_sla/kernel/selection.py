@@ -9,7 +9,82 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import block_d, prepare_config, select_config
+from .launch import PRECISION, block_d, prepare_config, select_config
+
+
+@triton.jit
+def _pool_queries(
+    pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql, H, q_first, q_end, num_q_blocks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLKQ: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_D)
+    block = pid % num_q_blocks
+    bh = (pid // num_q_blocks).to(tl.int64)
+    rows = q_first + block * BLKQ + tl.arange(0, BLKQ)
+    ptrs = q_ptr + (bh // H) * stride_qb + (bh % H) * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
+    x = tl.load(ptrs + cols[None, :], mask=(rows[:, None] < q_end) & (cols[None, :] < D), other=0.0)
+    count = tl.minimum(q_end - (q_first + block * BLKQ), BLKQ)
+    tl.store(q_mean_ptr + pid.to(tl.int64) * D + cols, tl.sum(x.to(tl.float32), 0) / count, mask=cols < D)
+
+
+@triton.jit
+def _sum_keys(
+    pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
+    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
+    Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLKK: tl.constexpr,
+    PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LINEAR: tl.constexpr, POOL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_D)
+    NUM_C: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
+    c = pid % NUM_C
+    half = (pid // NUM_C) % NUM_HALVES
+    chunk = (pid // (NUM_C * NUM_HALVES)) % num_chunks
+    bh = (pid // (NUM_C * NUM_HALVES * num_chunks)).to(tl.int64)
+    b = bh // Hkv
+    h = bh % Hkv
+    c_cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+    z = tl.zeros([BLOCK_D], tl.float32)
+    first_block = chunk * blocks_per_chunk
+    for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
+        rows = k_first + j * BLKK + tl.arange(0, BLKK)
+        valid = rows < k_end
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + b * Lk + rows, mask=valid, other=0) != 0)
+        inside = valid[:, None] & (cols[None, :] < D)
+        offsets = rows.to(tl.int64)[:, None]
+        x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
+        if POOL:
+            if (c == 0) & (half == 0):
+                count = tl.sum(valid.to(tl.int32), 0)
+                mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(count, 1)
+                at = bh * num_k_blocks + j
+                tl.store(k_mean_ptr + at * D + cols, mean, mask=cols < D)
+                if HAS_MASK:
+                    tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0))
+        if HAS_LINEAR:
+            v = tl.load(
+                v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
+                mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
+            )  # fmt: skip
+            y = x
+            if PHI == "hedgehog":
+                y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
+            y = y.to(tl.float32)
+            top, total = phi_stats(y, cols[None, :] < D, PHI)
+            f = phi_tile(y, top, total, inside, PHI, 0)
+            if NUM_HALVES == 2:
+                f = tl.where(half == 0, f, phi_tile(y, top, total, inside, PHI, 1))
+            acc = tl.dot(tl.trans(f).to(v.dtype), v, acc, input_precision=PRECISION)
+            z += tl.sum(f, 0)
+    if HAS_LINEAR:
+        at = (bh * num_chunks + chunk) * NUM_HALVES + half
+        ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
+        tl.store(ptrs, (acc * norm).to(sums_ptr.dtype.element_ty), mask=(cols[:, None] < D) & (c_cols[None, :] < D))
+        if c == 0:
+            tl.store(z_ptr + at * D + cols, z * norm, mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["Lk", "q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_k_blocks", "num_chunks", "blocks_per_chunk", "num_q_programs", "norm"])  # fmt: skip  # noqa: E501
@@ -31,66 +106,19 @@ def _prepare_kernel(
     sums: [B, Hkv, num_chunks, NUM_HALVES * D, D] norm * phi(K)^T V; z: its float32 row sums of phi(K).
     """
     pid = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_D)
     if pid < num_q_programs:
-        block = pid % num_q_blocks
-        bh = (pid // num_q_blocks).to(tl.int64)
-        rows = q_first + block * BLKQ + tl.arange(0, BLKQ)
-        ptrs = q_ptr + (bh // H) * stride_qb + (bh % H) * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
-        x = tl.load(ptrs + cols[None, :], mask=(rows[:, None] < q_end) & (cols[None, :] < D), other=0.0)
-        count = tl.minimum(q_end - (q_first + block * BLKQ), BLKQ)
-        mean = tl.sum(x.to(tl.float32), 0) / count
-        tl.store(q_mean_ptr + pid.to(tl.int64) * D + cols, mean, mask=cols < D)
+        if POOL:
+            _pool_queries(
+                pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql,
+                H, q_first, q_end, num_q_blocks, D, BLOCK_D, BLKQ,
+            )  # fmt: skip
     else:
-        pid -= num_q_programs
-        NUM_C: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
-        c = pid % NUM_C
-        half = (pid // NUM_C) % NUM_HALVES
-        chunk = (pid // (NUM_C * NUM_HALVES)) % num_chunks
-        bh = (pid // (NUM_C * NUM_HALVES * num_chunks)).to(tl.int64)
-        b = bh // Hkv
-        h = bh % Hkv
-        c_cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
-        acc = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
-        z = tl.zeros([BLOCK_D], tl.float32)
-        first_block = chunk * blocks_per_chunk
-        for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
-            rows = k_first + j * BLKK + tl.arange(0, BLKK)
-            valid = rows < k_end
-            if HAS_MASK:
-                valid = valid & (tl.load(mask_ptr + b * Lk + rows, mask=valid, other=0) != 0)
-            inside = valid[:, None] & (cols[None, :] < D)
-            offsets = rows.to(tl.int64)[:, None]
-            x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
-            if POOL:
-                if (c == 0) & (half == 0):
-                    count = tl.sum(valid.to(tl.int32), 0)
-                    mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(count, 1)
-                    at = bh * num_k_blocks + j
-                    tl.store(k_mean_ptr + at * D + cols, mean, mask=cols < D)
-                    if HAS_MASK:
-                        tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0))
-            if HAS_LINEAR:
-                v = tl.load(
-                    v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
-                    mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
-                )  # fmt: skip
-                y = x
-                if PHI == "hedgehog":
-                    y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
-                y = y.to(tl.float32)
-                top, total = phi_stats(y, cols[None, :] < D, PHI)
-                f = phi_tile(y, top, total, inside, PHI, 0)
-                if NUM_HALVES == 2:
-                    f = tl.where(half == 0, f, phi_tile(y, top, total, inside, PHI, 1))
-                acc = tl.dot(tl.trans(f).to(v.dtype), v, acc, input_precision=PRECISION)
-                z += tl.sum(f, 0)
-        if HAS_LINEAR:
-            at = (bh * num_chunks + chunk) * NUM_HALVES + half
-            ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
-            tl.store(ptrs, (acc * norm).to(sums_ptr.dtype.element_ty), mask=(cols[:, None] < D) & (c_cols[None, :] < D))
-            if c == 0:
-                tl.store(z_ptr + at * D + cols, z * norm, mask=cols < D)
+        _sum_keys(
+            pid - num_q_programs, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
+            stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
+            Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
+            D, BLOCK_D, BLOCK_C, BLKK, PHI, NUM_HALVES, HAS_MASK, HAS_LINEAR, POOL, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale"])  # fmt: skip  # noqa: E501
@@ -98,7 +126,7 @@ def _select_kernel(
     q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
     H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, topk, num_unskipped, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program takes groups of ROWS query blocks in turn: scores, the topk-th largest by bisection, the list.
 
@@ -126,7 +154,7 @@ def _select_kernel(
                 k_mean_ptr + (bh_kv * num_k_blocks + j)[:, None] * D + d[None, :],
                 mask=(j[:, None] < num_k_blocks) & (d[None, :] < D), other=0.0,
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if HAS_MASK:
                 scores += tl.load(k_bias_ptr + bh_kv * num_k_blocks + j, mask=j < num_k_blocks, other=0.0)[None, :]
             bits = scores.to(tl.int32, bitcast=True)
@@ -259,7 +287,7 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
         num_chunks, blocks_per_chunk, num_q_programs, norm,
         D=D, BLOCK_D=block_d(D), BLOCK_C=config.block_c if linear != "none" else block_d(D), BLKQ=blkq, BLKK=blkk,
         PHI=feature_map, NUM_HALVES=halves if linear != "none" else 1, HAS_MASK=key_mask is not None,
-        HAS_LINEAR=linear != "none", POOL=pool, PRECISION="ieee",
+        HAS_LINEAR=linear != "none", POOL=pool, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return q_mean, k_mean, k_bias, sums, z
@@ -282,7 +310,7 @@ def select(q_mean, k_mean, k_bias, topk, skip, scale):
         q_mean, k_mean, k_bias, scratch.view(torch.uint32), indices, block_map,
         H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, n, num_k_blocks - num_skipped, scale,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, BLOCK_N=config.block_n,
-        HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
+        HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return indices, block_map
