@@ -22,7 +22,7 @@ demo: $(READY)
 
 # Kernel tests run under Triton's interpreter, on CPU tensors.
 test: $(READY)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not gpu and not slow"
 
 # The kernel tests on a real GPU, with whatever torch and triton the environment has.
 test-gpu:

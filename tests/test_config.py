@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from diffusers_sla import SLAConfig, SLAConfigError, SLAError
+
+
+def test_defaults_are_those_of_the_design():
+    assert (
+        SLAConfig().to_dict() | {"topk": 0.2, "blkq": 64, "blkk": 64, "feature_map": "softmax"}
+        == SLAConfig().to_dict()
+    )
+    assert (SLAConfig().linear, SLAConfig().skip, SLAConfig().tie_feature_map_qk) == ("all", 0.0, True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"topk":0.15,"blkq":32,"tie_feature_map_qk":false}',
+        "{'topk': 0.15, 'blkq': 32, 'tie_feature_map_qk': False}",
+    ],
+)
+def test_parse_reads_json_and_python_dicts(text):
+    assert SLAConfig.parse(text) == SLAConfig(topk=0.15, blkq=32, tie_feature_map_qk=False)
+
+
+def test_parse_takes_none_mappings_and_configs():
+    config = SLAConfig(topk=0.1)
+    assert SLAConfig.parse(None) == SLAConfig()
+    assert SLAConfig.parse(config) is config
+    assert SLAConfig.parse(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("topk", [0, 1.5, -0.1, float("nan"), float("inf"), True, "0.2", None])
+def test_topk_out_of_range_is_named(topk):
+    with pytest.raises(SLAConfigError, match=r"topk must be a number in \(0, 1\], got "):
+        SLAConfig(topk=topk)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blkq": 48}, "blkq must be one of 16, 32, 64, 128, got 48"),
+        ({"blkk": True}, "blkk must be one of 16, 32, 64, 128, got True"),
+        ({"feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu, hedgehog, got 'gelu'"),
+        ({"linear": "some"}, "linear must be one of all, marginal, none, got 'some'"),
+        ({"skip": 1.0}, "skip must be a number in"),
+        ({"topk": 0.6, "skip": 0.5}, "topk \\+ skip must not exceed 1"),
+        ({"tie_feature_map_qk": 1}, "tie_feature_map_qk must be true or false, got 1"),
+        ({"top_k": 0.2}, "unknown SLA setting 'top_k'; known are topk, blkq"),
+    ],
+)
+def test_bad_settings_name_the_setting_the_value_and_what_is_allowed(settings, message):
+    with pytest.raises(SLAConfigError, match=message):
+        SLAConfig.parse(settings)
+
+
+@pytest.mark.parametrize("text", ["{topk: 0.2", "topk=0.2", '{"topk": 0.2', "__import__('os').getcwd()"])
+def test_malformed_text_shows_the_text_and_an_example(text):
+    with pytest.raises(SLAConfigError, match="neither JSON nor a Python dict") as raised:
+        SLAConfig.parse(text)
+    assert text in str(raised.value)
+    assert '{"topk": 0.15, "blkq": 32}' in str(raised.value)
+
+
+def test_a_config_is_frozen_and_its_error_is_a_value_error():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SLAConfig().topk = 0.5
+    assert issubclass(SLAConfigError, SLAError)
+    assert issubclass(SLAConfigError, ValueError)
