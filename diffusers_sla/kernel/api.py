@@ -85,7 +85,7 @@ def sla_attention(
 
 
 def select_blocks(q, k, *, topk=0.2, blkq=64, blkk=64, skip=0.0, scale=None, key_mask=None, keep_q=(0, 0), keep_k=(0, 0), impl="auto"):  # fmt: skip  # noqa: E501
-    """The choice `sla_attention` makes: [B, H, num_q_blocks, num_k_blocks] int8, 1 critical, 0 marginal, -1 negligible.
+    """The choice of `sla_attention`: [B, H, num_q_blocks, num_k_blocks] int8, 1 critical, 0 marginal, -1 negligible.
 
     Score: mean of each query block . mean of each key block, scaled (eq. 2); the best max(1, int(topk * n)) blocks of
     a row are critical, the lowest int(skip * n) negligible (eq. 3). Arguments as in `sla_attention`.

@@ -159,7 +159,7 @@ def _sparse_fwd_kernel(
 
 
 def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q, keep_k, feature_map, scale, eps, save):  # fmt: skip  # noqa: E501
-    """Launch the forward. Returns o in q's order of strides, and o_s, lse when `save` (o_s also when there is an A)."""
+    """Launch the forward. Returns o in q's order of strides; o_s when `save` or there is an A; lse when `save`."""
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
@@ -177,7 +177,8 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
         H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
         Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks, topk,
         scale * math.log2(math.e), eps,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk), BLOCK_R=min(config.block_r, block_d(D)),
+        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk),
+        BLOCK_R=min(config.block_r, block_d(D)),
         BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map],
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
         HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION=PRECISION,

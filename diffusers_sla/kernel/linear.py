@@ -24,7 +24,7 @@ def _linear_bwd_q_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of phi's input x for one query block; keeps 1 / denominator and its gradient for `_linear_bwd_m_kernel`.
+    """Gradient of phi's input x for one query block; keeps 1 / denominator and its gradient for dM.
 
     Grid: (num_q_blocks, B * H). m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D], z: [.., NUM_HALVES * D] float32.
     inv, dden: [B, H, Lq] float32. dx: strides g.
@@ -265,7 +265,7 @@ def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm
 
     h: sums over all blocks for "all"; sums: per key block for "marginal".
     """
-    B, H, n, F, D = dm.shape
+    B, H, _, F, D = dm.shape
     Hkv = num_kv_heads
     if block_map is None:
         dm = dm.view(B, Hkv, H // Hkv, F, D).sum(2)

@@ -1,4 +1,4 @@
-"""The definition: sparse-linear attention in dense torch. Quadratic memory, any dtype, autograd; imports no sibling."""
+"""The definition: sparse-linear attention in dense torch. Quadratic memory, any dtype; imports no sibling."""
 
 import torch
 

@@ -250,7 +250,7 @@ def _invert_kernel(
 
 
 def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, pool, norm):
-    """Launch the pass over q, k, v. Returns q_mean, k_mean, k_bias (None when not pooled), sums, z (None without linear).
+    """Launch the pass over q, k, v. Returns q_mean, k_mean, k_bias (None: not pooled), sums, z (None: no linear).
 
     linear: "all" gives sums per chunk of key blocks, "marginal" per key block in q's dtype, "none" nothing.
     """
@@ -324,7 +324,7 @@ def indices_of(block_map, topk):
 
 
 def invert(block_map, topk):
-    """Per key block the query blocks that chose it: offsets [B * H, num_k_blocks + 1] and list [B * H, total], int32."""
+    """Per key block the query blocks that chose it: offsets [B * H, num_k_blocks + 1], list [B * H, total], int32."""
     B, H, num_q_blocks, num_k_blocks = block_map.shape
     total = num_q_blocks * max(1, int(topk * num_k_blocks))
     counts = torch.empty((B * H, num_k_blocks + 1), device=block_map.device, dtype=torch.int32)

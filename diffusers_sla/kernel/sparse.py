@@ -1,4 +1,4 @@
-"""The Triton path: the custom ops that join forward.py, backward.py, selection.py and linear.py, and their autograd."""
+"""The Triton path: the custom ops that join forward, backward, selection and linear branch, and their autograd."""
 
 from typing import List, Optional, Tuple
 
@@ -93,9 +93,7 @@ def _(
     num_q_blocks = (Lq - keep[0] - keep[1] + blkq - 1) // blkq
     num_k_blocks = (Lk - keep[2] - keep[3] + blkk - 1) // blkk
     n = torch.sym_max(1, torch.sym_int(topk * num_k_blocks))
-    chosen = (
-        q.new_empty((B, H, num_q_blocks, num_k_blocks), dtype=torch.int8) if block_map is None else q.new_empty(0)
-    )
+    chosen = q.new_empty((B, H, num_q_blocks, num_k_blocks), dtype=torch.int8) if block_map is None else q.new_empty(0)
     features = 2 * D if feature_map == "hedgehog" else D
     sums = linear == "all"
     return (
@@ -200,8 +198,7 @@ def _differentiate(ctx, do, *_):
     gradients = _backward(do, *ctx.saved_tensors, *ctx.settings)
     present = [x is not None for x in ctx.saved_tensors[:8]]
     needed = [
-        gradient if there and need else None
-        for gradient, there, need in zip(gradients, present, ctx.needs_input_grad)
+        gradient if there and need else None for gradient, there, need in zip(gradients, present, ctx.needs_input_grad)
     ]
     return (*needed, *([None] * 11))
 
