@@ -1,5 +1,6 @@
 """Sparse-Linear Attention (arXiv:2509.24006) for Hugging Face Diffusers."""
 
+from .apply import apply_sla, record, remove_sla, sla_disabled, sla_layers, sla_parameters, sla_report
 from .config import SLAConfig
 from .errors import (
     SLAConfigError,
@@ -13,10 +14,15 @@ from .errors import (
     SLAUnsupportedError,
 )
 from .kernel import select_blocks, sla_attention
+from .processor import SLAAttnProcessor
+from .setter import install as _teach_diffusers
 
 __version__ = "0.1.0"
 
+_teach_diffusers()
+
 __all__ = [
+    "SLAAttnProcessor",
     "SLAConfig",
     "SLAConfigError",
     "SLAError",
@@ -27,6 +33,13 @@ __all__ = [
     "SLAStateNotFoundError",
     "SLAStateVersionError",
     "SLAUnsupportedError",
+    "apply_sla",
+    "record",
+    "remove_sla",
     "select_blocks",
     "sla_attention",
+    "sla_disabled",
+    "sla_layers",
+    "sla_parameters",
+    "sla_report",
 ]

@@ -51,6 +51,7 @@ def sla_attention(
     Raises:
         ValueError, TypeError: An argument is outside of the above; the message names it.
     """
+    q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v, impl)
     _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causal)
     D = q.shape[-1]
@@ -105,6 +106,14 @@ def select_blocks(q, k, *, topk=0.2, blkq=64, blkk=64, skip=0.0, scale=None, key
         from .sparse import select_blocks_triton
 
         return select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k)
+
+
+def _autocast(*tensors):
+    """What F.scaled_dot_product_attention does with its inputs under torch.autocast."""
+    if not all(isinstance(x, torch.Tensor) for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _resolve(impl, q):

@@ -195,8 +195,9 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, do, *_):
     if not ctx.saved:
         raise RuntimeError("this call of sla_attention kept nothing for a backward")
-    gradients = _backward(do, *ctx.saved_tensors, *ctx.settings)
-    present = [x is not None for x in ctx.saved_tensors[:8]]
+    saved = ctx.saved_tensors  # once: checkpointing hands each tensor out a single time
+    gradients = _backward(do, *saved, *ctx.settings)
+    present = [x is not None for x in saved[:8]]
     needed = [
         gradient if there and need else None for gradient, there, need in zip(gradients, present, ctx.needs_input_grad)
     ]

@@ -1,0 +1,266 @@
+"""The plain torch path: same answers as the definition on any device, with memory linear in L.
+
+The sparse branch gathers the chosen key blocks of a few query blocks at a time, so that they stay in cache, and runs
+dense attention over them; its backward gathers again. The linear branch is [D, D]-sized algebra in float32.
+"""
+
+import torch
+import torch.nn.functional as F
+
+EPS = 1e-5
+# Bytes of gathered keys and values per step: small enough for a core's caches, large enough to hide Python.
+STEP_BYTES = 4 << 20
+
+
+def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
+    """`select_blocks` in plain torch."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_mean, _ = _block_means(_inner(q, keep_q), blkq, None)
+    mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
+    k_mean, count = _block_means(_inner(k, keep_k), blkk, mask)
+    k_mean = k_mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q_mean @ k_mean.mT) * scale
+    if count is not None:
+        scores = scores.masked_fill((count == 0)[:, None, None], float("-inf"))
+    n = scores.shape[-1]
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    block_map = torch.zeros(scores.shape, dtype=torch.int8, device=q.device)
+    block_map.scatter_(-1, order[..., n - int(skip * n) :], -1)
+    return block_map.scatter_(-1, order[..., : max(1, int(topk * n))], 1)
+
+
+def sla_attention_eager(
+    q, k, v, *, topk, blkq, blkk, feature_map, linear, skip, scale,
+    proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight,
+    key_mask, keep_q, keep_k, block_map,
+):  # fmt: skip
+    """`sla_attention` in plain torch. All arguments as there, all required."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if block_map is None:
+        with torch.no_grad():
+            block_map = select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k)
+    n = max(1, int(topk * block_map.shape[-1]))
+    indices = (block_map != 1).to(torch.int8).argsort(dim=-1, stable=True)[..., :n]
+
+    with torch.autocast(q.device.type, enabled=False):
+        q_inner = _inner(q, keep_q)
+        o = _SparseAttention.apply(q_inner, k, v, indices, key_mask, blkq, blkk, keep_k, scale)
+        if proj_s_weight is not None:
+            o = o @ proj_s_weight.to(q.dtype).mT
+        if linear != "none" and proj_l_weight is not None:
+            marginal = block_map if linear == "marginal" else None
+            k_inner, v_inner = _inner(k, keep_k), _inner(v, keep_k)
+            mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
+            o_l = _linear_branch(
+                q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight, proj_l_weight, mask, marginal,
+                blkq, blkk,
+            )  # fmt: skip
+            if proj_l_bias is not None:
+                o_l = o_l + proj_l_bias.float()
+            o = (o.float() + o_l).to(q.dtype)
+        if sum(keep_q):
+            first, last = keep_q[0], q.shape[2] - keep_q[1]
+            kept = torch.cat([q[:, :, :first], q[:, :, last:]], 2)
+            kept = _dense(kept, k, v, key_mask, scale)
+            o = torch.cat([kept[:, :, :first], o, kept[:, :, first:]], 2)
+    out = torch.empty_like(q)  # q's order of strides
+    if not o.requires_grad:
+        return o if o.stride() == out.stride() else out.copy_(o)
+    return o if o.stride() == out.stride() else _like(o, out)
+
+
+def _like(o, out):
+    order = sorted(range(4), key=out.stride, reverse=True)
+    inverse = [order.index(d) for d in range(4)]
+    return o.permute(order).contiguous().permute(inverse)
+
+
+def _inner(x, keep, dim=2):
+    return x.narrow(dim, keep[0], x.shape[dim] - sum(keep)) if sum(keep) else x
+
+
+def _blocks(x, block):
+    """[B, H, L, D] -> [B, H, num_blocks, block, D], the last one padded with zeros."""
+    B, H, L, D = x.shape
+    return F.pad(x, (0, 0, 0, -L % block)).view(B, H, -1, block, D) if L % block else x.unflatten(2, (-1, block))
+
+
+def _block_means(x, block, mask):
+    """Float32 means [B, H, num_blocks, D], and the numbers of valid keys [B, num_blocks] where there is a mask."""
+    L = x.shape[2]
+    if mask is not None:
+        x = x.masked_fill(~mask[:, None, :, None], 0)
+        count = F.pad(mask, (0, -L % block)).unflatten(1, (-1, block)).sum(2)
+        return _blocks(x, block).sum(3, dtype=torch.float32) / count.clamp(min=1)[:, None, :, None], count
+    total = _blocks(x, block).sum(3, dtype=torch.float32)
+    size = torch.full((total.shape[2],), block, device=x.device, dtype=torch.float32)
+    size[-1] = L - (total.shape[2] - 1) * block
+    return total / size[:, None], None
+
+
+def _dense(q, k, v, key_mask, scale):
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _phi(x, feature_map, weight):
+    if feature_map == "softmax":
+        return x.softmax(-1)
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    if feature_map == "relu":
+        return x.relu()
+    x = x @ weight.float()
+    return torch.cat([x, -x], -1).softmax(-1)
+
+
+def _linear_branch(q, k, v, feature_map, phi_q, phi_k, weight, key_mask, block_map, blkq, blkk):
+    """O_l W^T in float32 (eq. 5, 6): phi(q) (H W^T) / (phi(q) z + eps), H and z over all or the marginal blocks."""
+    B, H, Lq, D = q.shape
+    Hkv = k.shape[1]
+    fq = _phi(q.float(), feature_map, phi_q)
+    fk = _phi(k.float(), feature_map, phi_k)
+    v = v.float()
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        fk, v = fk.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    weight = weight.float()
+    if block_map is None:
+        m = ((fk.mT @ v) @ weight.mT).repeat_interleave(H // Hkv, 1)
+        z = fk.sum(2).repeat_interleave(H // Hkv, 1)
+        return (fq @ m) / (fq @ z[..., None] + EPS)
+    k_blocks, v_blocks = _blocks(fk, blkk), _blocks(v, blkk)
+    sums = (k_blocks.mT @ v_blocks) @ weight.mT  # [B, Hkv, num_k_blocks, features, D]
+    z = k_blocks.sum(3)
+    rows = (block_map == 0).float().view(B, Hkv, -1, block_map.shape[-1])
+    m = (rows @ sums.flatten(3)).view(B, H, -1, fq.shape[-1], D)
+    z = (rows @ z).view(B, H, -1, fq.shape[-1])
+    q_blocks = _blocks(fq, blkq)
+    o = (q_blocks @ m) / (q_blocks @ z[..., None] + EPS)
+    return o.flatten(2, 3)[:, :, :Lq]
+
+
+class _SparseAttention(torch.autograd.Function):
+    """Softmax attention of each query block over its listed key blocks and the kept keys.
+
+    Saves its inputs only; the backward gathers and computes again.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, indices, key_mask, blkq, blkk, keep_k, scale):
+        ctx.save_for_backward(q, k, v, indices, key_mask)
+        ctx.settings = (blkq, blkk, keep_k, scale)
+        gather = _Gather(q, k, v, indices, key_mask, blkq, blkk, keep_k)
+        out = torch.empty(gather.q.shape, dtype=q.dtype, device=q.device)
+        for rows in gather.steps():
+            q_rows, keys, values, visible, _ = gather(rows)
+            out[rows] = _attend(q_rows, keys, values, visible, scale)
+        return gather.join(out)
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, indices, key_mask = ctx.saved_tensors
+        blkq, blkk, keep_k, scale = ctx.settings
+        gather = _Gather(q, k, v, indices, key_mask, blkq, blkk, keep_k)
+        do = _blocks(do, blkq).reshape(gather.q.shape)
+        dq = torch.empty_like(gather.q)
+        dk = torch.zeros(gather.k.shape, dtype=torch.float32, device=q.device)
+        dv = torch.zeros_like(dk)
+        dk_kept = torch.zeros(gather.kept_k.shape, dtype=torch.float32, device=q.device)
+        dv_kept = torch.zeros_like(dk_kept)
+        E = dk_kept.shape[1]
+        for rows in gather.steps():
+            q_rows, keys, values, visible, (at, head) = gather(rows)
+            p = _probabilities(q_rows, keys, visible, scale)
+            do_rows = do[rows]
+            dp = (do_rows @ values.mT).float()
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+            ds, p = ds.to(q.dtype), p.to(q.dtype)
+            dq[rows] = ds @ keys
+            for gradient, gradient_kept, product in ((dk, dk_kept, ds.mT @ q_rows), (dv, dv_kept, p.mT @ do_rows)):
+                product = product.float()
+                gradient_kept.index_add_(0, head, product[:, :E])
+                gradient.index_add_(0, at.flatten(), product[:, E:].reshape(-1, *gradient.shape[1:]))
+        return (
+            gather.join(dq), gather.join_keys(dk, dk_kept, k), gather.join_keys(dv, dv_kept, v),
+            *([None] * 6),
+        )  # fmt: skip
+
+
+def _probabilities(q, k, visible, scale):
+    """Softmax over the visible keys in float32, 0 in rows without one."""
+    scores = (q @ k.mT).float() * scale
+    if visible is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, None], 0)
+
+
+def _attend(q, k, v, visible, scale):
+    if visible is None:
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+    p = _probabilities(q, k, visible, scale)
+    return p.to(v.dtype) @ v
+
+
+class _Gather:
+    """Query blocks [B * H * num_q_blocks, blkq, D] and, for any few of them, their keys and values side by side."""
+
+    def __init__(self, q, k, v, indices, key_mask, blkq, blkk, keep_k):
+        self.shape = q.shape
+        self.keep_k = keep_k
+        B, H, Lq, D = q.shape
+        Hkv, Lk = k.shape[1:3]
+        first, last = keep_k[0], Lk - keep_k[1]
+        self.q = _blocks(q, blkq).reshape(-1, blkq, D)
+        self.k = _blocks(k[:, :, first:last], blkk).reshape(-1, blkk, D)
+        self.v = _blocks(v[:, :, first:last], blkk).reshape(-1, blkk, D)
+        self.kept_k, self.kept_v = (torch.cat([x[:, :, :first], x[:, :, last:]], 2).flatten(0, 1) for x in (k, v))
+        num_q_blocks, self.n = indices.shape[2:]
+        num_k_blocks = -(-(last - first) // blkk)
+        head = torch.arange(B * Hkv, device=q.device).view(B, Hkv, 1, 1).expand(B, Hkv, H // Hkv, num_q_blocks)
+        self.head = head.reshape(-1)
+        self.at = self.head[:, None] * num_k_blocks + indices.reshape(-1, self.n)
+        self.valid = self.kept_valid = None
+        if key_mask is not None or (last - first) % blkk:
+            valid = torch.ones(B, Lk, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+            inner = F.pad(valid[:, first:last], (0, -(last - first) % blkk)).view(B, 1, num_k_blocks, blkk)
+            self.valid = inner.expand(B, Hkv, num_k_blocks, blkk).reshape(-1, blkk)
+            kept = torch.cat([valid[:, :first], valid[:, last:]], 1)
+            self.kept_valid = kept[:, None].expand(B, Hkv, kept.shape[1]).flatten(0, 1)
+        if key_mask is not None:  # what a mask hides must not reach anyone, NaN included
+            self.k, self.v = (x.masked_fill(~self.valid[..., None], 0) for x in (self.k, self.v))
+            hidden = ~self.kept_valid[..., None]
+            self.kept_k, self.kept_v = (x.masked_fill(hidden, 0) for x in (self.kept_k, self.kept_v))
+
+    def steps(self):
+        per_block = 2 * (self.n * self.k.shape[1] + self.kept_k.shape[1]) * self.k.shape[2] * self.k.element_size()
+        size = max(4, STEP_BYTES // per_block)
+        for start in range(0, self.q.shape[0], size):
+            yield slice(start, start + size)
+
+    def __call__(self, rows):
+        at, head = self.at[rows], self.head[rows]
+        keys, values = (x.index_select(0, at.flatten()).view(at.shape[0], -1, x.shape[2]) for x in (self.k, self.v))
+        visible = None if self.valid is None else self.valid[at].flatten(1)
+        if self.kept_k.shape[1]:
+            keys = torch.cat([self.kept_k[head], keys], 1)
+            values = torch.cat([self.kept_v[head], values], 1)
+            if visible is not None:
+                visible = torch.cat([self.kept_valid[head], visible], 1)
+        return self.q[rows], keys, values, visible, (at, head)
+
+    def join(self, blocks):
+        """[B * H * num_q_blocks, blkq, D] -> [B, H, Lq, D]."""
+        B, H, Lq, D = self.shape
+        return blocks.view(B, H, -1, D)[:, :, :Lq]
+
+    def join_keys(self, blocks, kept, like):
+        """Gradients of key blocks and kept keys -> [B, Hkv, Lk, D] in the dtype of `like`."""
+        B, Hkv, Lk, D = like.shape
+        first, last = self.keep_k[0], Lk - self.keep_k[1]
+        out = torch.empty_like(like)
+        out[:, :, first:last] = blocks.view(B, Hkv, -1, D)[:, :, : last - first]
+        kept = kept.view(B, Hkv, -1, D)
+        out[:, :, :first], out[:, :, last:] = kept[:, :, :first], kept[:, :, first:]
+        return out

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from diffusers_sla.kernel import select_blocks
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+@pytest.mark.parametrize("skip", [0.0, 0.4])
+def test_the_choice_is_the_definitions(impl, skip, device):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 100, 24, device=device), torch.randn(2, 2, 150, 24, device=device)
+    mask = torch.rand(2, 150, device=device) > 0.4
+    mask[0, 16:48] = False  # two whole blocks without a key
+    settings = {"topk": 0.3, "blkq": 32, "blkk": 16, "skip": skip, "key_mask": mask, "keep_k": (0, 6)}
+    chosen = select_blocks(q, k, **settings, impl=impl)
+    assert torch.equal(chosen, select_blocks(q, k, **settings, impl="reference"))
+    assert (chosen == 1).sum(-1).unique().tolist() == [int(0.3 * 9)]
+    assert (chosen == -1).sum(-1).unique().tolist() == [int(skip * 9)]
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
+def test_ties_go_to_the_lower_index(impl, device):
+    q = k = torch.ones(1, 1, 64, 16, device=device)
+    chosen = select_blocks(q, k, topk=0.5, blkq=16, blkk=16, skip=0.25, impl=impl)
+    assert chosen[0, 0].tolist() == [[1, 1, 0, -1]] * 4
+
+
+def test_the_inverse_list_names_who_chose_each_block(device):
+    from diffusers_sla.kernel.selection import invert
+
+    q, k = torch.randn(1, 2, 96, 16, device=device), torch.randn(1, 2, 160, 16, device=device)
+    chosen = select_blocks(q, k, topk=0.3, blkq=16, blkk=16, impl="reference")
+    offsets, listed = invert(chosen, 0.3)
+    for head in range(2):
+        for block in range(10):
+            rows = listed[head, offsets[head, block] : offsets[head, block + 1]].tolist()
+            assert rows == (chosen[0, head, :, block] == 1).nonzero().flatten().tolist()
