@@ -16,6 +16,7 @@ from .errors import (
 from .kernel import select_blocks, sla_attention
 from .processor import SLAAttnProcessor
 from .setter import install as _teach_diffusers
+from .weights import load_sla_weights, save_sla_weights
 
 __version__ = "0.1.0"
 
@@ -34,8 +35,10 @@ __all__ = [
     "SLAStateVersionError",
     "SLAUnsupportedError",
     "apply_sla",
+    "load_sla_weights",
     "record",
     "remove_sla",
+    "save_sla_weights",
     "select_blocks",
     "sla_attention",
     "sla_disabled",

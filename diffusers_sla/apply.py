@@ -18,7 +18,7 @@ from .kernel.api import MAX_HEAD_DIM
 from .processor import WEIGHTS, BoundSLAAttnProcessor, bind
 
 
-def denoisers(model_or_pipe: Any) -> dict[str, nn.Module]:
+def denoisers(model_or_pipe: Any) -> dict[str, Any]:
     """The models SLA may go into: a pipeline's by component name, a bare one as "unet" or "transformer".
 
     Raises:
@@ -37,6 +37,29 @@ def denoisers(model_or_pipe: Any) -> dict[str, nn.Module]:
         classes = ", ".join(sorted(type(part).__name__ for part in models.values())) or "no model"
         raise SLAUnsupportedError(f"SLA knows no attention layer of {classes}; it knows {', '.join(FAMILIES)}")
     return known
+
+
+def self_attention_layers(model_or_pipe: Any) -> dict[str, int]:
+    """Head size of every layer that SLA serves, whether it is installed or not.
+
+    Raises:
+        SLAUnsupportedError: No model of a known class, one without such a layer, or a head size over 256.
+    """
+    layers = {}
+    for component, model in denoisers(model_or_pipe).items():
+        family = FAMILIES[type(model).__name__]
+        found = {
+            f"{component}.{path}": _head_dim(attn)
+            for path, attn in model.named_modules()
+            if hasattr(attn, "processor") and is_self_attention(family, path, attn)
+        }
+        if not found:
+            raise SLAUnsupportedError(f"{type(model).__name__} has no attention layer that SLA can serve")
+        for name, head_dim in found.items():
+            if head_dim > MAX_HEAD_DIM:
+                raise SLAUnsupportedError(f"{name}: head size {head_dim} is over {MAX_HEAD_DIM}")
+        layers |= found
+    return layers
 
 
 def apply_sla(
@@ -58,28 +81,20 @@ def apply_sla(
     """
     config = SLAConfig.parse(config)
     planned = []
-    for component, model in denoisers(model_or_pipe).items():
+    models = denoisers(model_or_pipe)
+    for name, head_dim in self_attention_layers(model_or_pipe).items():
+        component, _, path = name.partition(".")
+        model = models[component]
+        attn = model.get_submodule(path)
         family = FAMILIES[type(model).__name__]
-        found = False
-        for path, attn in model.named_modules():
-            if not hasattr(attn, "processor") or not is_self_attention(family, path, attn):
-                continue
-            found = True
-            old = attn.processor
-            native = old.native if isinstance(old, BoundSLAAttnProcessor) else old
-            head_dim = _head_dim(attn)
-            if head_dim > MAX_HEAD_DIM:
-                raise SLAUnsupportedError(f"{component}.{path}: head size {head_dim} is over {MAX_HEAD_DIM}")
-            device = next(attn.parameters()).device
-            new = bind(native, head_dim, config, strict=strict, text=family.text, device=device)
-            if isinstance(old, BoundSLAAttnProcessor):
-                _keep_weights(old, new)
-            block = None
-            if family.joined and re.search(family.joined, path):
-                block = model.get_submodule(path.rpartition(".")[0])
-            planned.append((attn, new, block))
-        if not found:
-            raise SLAUnsupportedError(f"{type(model).__name__} has no attention layer that SLA can serve")
+        old = attn.processor
+        native = old.native if isinstance(old, BoundSLAAttnProcessor) else old
+        device = next(attn.parameters()).device
+        new = bind(native, head_dim, config, strict=strict, text=family.text, device=device)
+        if isinstance(old, BoundSLAAttnProcessor):
+            _keep_weights(old, new)
+        joined = family.joined and re.search(family.joined, path)
+        planned.append((attn, new, model.get_submodule(path.rpartition(".")[0]) if joined else None))
     for attn, new, block in planned:
         _set_processor(attn, new)
         new.train(attn.training)
@@ -133,7 +148,7 @@ def sla_disabled(model_or_pipe: Any) -> Iterator[None]:
 
 @dataclass
 class AttentionRecord:
-    """One attention call: query, key, value, output [B, H, L, D]; kept: text tokens (first, last); seconds spent."""
+    """One attention call: query, key, value, output [B, H, L, D]; kept: text tokens at the front and the back."""
 
     layer: str
     query: Tensor
@@ -153,8 +168,8 @@ def record(model_or_pipe: Any, layers: list[str] | None = None) -> Iterator[list
     def watcher(name):
         def watch(processor, query, key, value, key_mask, kept, run):
             output = run()
-            tensors = (x.detach() for x in (query, key, value, output))
-            records.append(AttentionRecord(name, *tensors, key_mask, kept, processor.config))
+            q, k, v, o = (x.detach() for x in (query, key, value, output))
+            records.append(AttentionRecord(name, q, k, v, o, key_mask, kept, processor.config))
             return output
 
         return watch
@@ -250,9 +265,9 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
     return SLAReport(layers)
 
 
-def _head_dim(attn: nn.Module) -> int:
+def _head_dim(attn: Any) -> int:
     heads = getattr(attn, "heads", None) or getattr(attn, "num_heads", None)
-    return getattr(attn, "inner_dim", None) and attn.inner_dim // heads or attn.to_q.out_features // heads
+    return (getattr(attn, "inner_dim", None) and attn.inner_dim // heads) or attn.to_q.out_features // heads
 
 
 def _set_processor(attn: nn.Module, processor: Any) -> None:

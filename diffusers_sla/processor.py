@@ -133,9 +133,9 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
                 backend=backend, parallel_config=parallel_config,
             ).transpose(1, 2)  # fmt: skip
 
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         reason = None if parallel_config is None else "context parallelism is on"
-        return self._attend(*heads_first, attn_mask, dropout_p, is_causal, scale, context, dense, reason).transpose(1, 2)
+        return self._attend(q, k, v, attn_mask, dropout_p, is_causal, scale, context, dense, reason).transpose(1, 2)
 
     def attend_bhld(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
@@ -215,12 +215,18 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
 
 
 def _empty(native_class: type) -> BoundSLAAttnProcessor:
-    made = rewritten(native_class, BoundSLAAttnProcessor)
+    made: Any = rewritten(native_class, BoundSLAAttnProcessor)
     return made.__new__(made)
 
 
 def bind(
-    native: Any, head_dim: int, config: SLAConfig, *, strict: bool | None, text: str | None, device: torch.device | None
+    native: Any,
+    head_dim: int,
+    config: SLAConfig,
+    *,
+    strict: bool | None,
+    text: str | None,
+    device: torch.device | None,
 ) -> BoundSLAAttnProcessor:
     """The processor of one layer, in place of `native`.
 

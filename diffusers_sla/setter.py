@@ -37,6 +37,6 @@ def _set_on_pipeline(self: DiffusionPipeline, processor: Any) -> None:
 
 def install() -> None:
     if not hasattr(AttentionMixin.set_attn_processor, "knows_sla"):
-        AttentionMixin.set_attn_processor = _teach(AttentionMixin.set_attn_processor)
+        AttentionMixin.set_attn_processor = _teach(AttentionMixin.set_attn_processor)  # type: ignore[method-assign]
     if not hasattr(DiffusionPipeline, "set_attn_processor"):
-        DiffusionPipeline.set_attn_processor = _set_on_pipeline
+        DiffusionPipeline.set_attn_processor = _set_on_pipeline  # type: ignore[attr-defined]

@@ -4,6 +4,8 @@ The sparse branch gathers the chosen key blocks of a few query blocks at a time,
 dense attention over them; its backward gathers again. The linear branch is [D, D]-sized algebra in float32.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 
@@ -209,7 +211,7 @@ class _Gather:
     def __init__(self, q, k, v, indices, key_mask, blkq, blkk, keep_k):
         self.shape = q.shape
         self.keep_k = keep_k
-        B, H, Lq, D = q.shape
+        B, H, _, D = q.shape
         Hkv, Lk = k.shape[1:3]
         first, last = keep_k[0], Lk - keep_k[1]
         self.q = _blocks(q, blkq).reshape(-1, blkq, D)
@@ -221,7 +223,8 @@ class _Gather:
         head = torch.arange(B * Hkv, device=q.device).view(B, Hkv, 1, 1).expand(B, Hkv, H // Hkv, num_q_blocks)
         self.head = head.reshape(-1)
         self.at = self.head[:, None] * num_k_blocks + indices.reshape(-1, self.n)
-        self.valid = self.kept_valid = None
+        self.valid: Optional[torch.Tensor] = None
+        self.kept_valid: Optional[torch.Tensor] = None
         if key_mask is not None or (last - first) % blkk:
             valid = torch.ones(B, Lk, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
             inner = F.pad(valid[:, first:last], (0, -(last - first) % blkk)).view(B, 1, num_k_blocks, blkk)

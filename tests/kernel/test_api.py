@@ -43,7 +43,7 @@ def test_a_head_over_256_is_refused():
 
 def test_only_the_definition_takes_float64():
     x = X.double()
-    with pytest.raises(TypeError, match="q must be one of .*, got torch.float64"):
+    with pytest.raises(TypeError, match=r"q must be one of .*, got torch\.float64"):
         sla_attention(x, x, x)
 
 

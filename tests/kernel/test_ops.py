@@ -23,7 +23,9 @@ def test_the_forward_op_passes_opcheck(device):
     arguments = (
         q, k, v, w, None, None, None, None, None, None, 0.4, 0.0, 0.25, 16, 16, "softmax", "all", [0, 0, 0, 0], True,
     )  # fmt: skip
-    torch.library.opcheck(_forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        _forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
 
 
 def test_one_graph_whatever_the_length(device):

@@ -36,9 +36,7 @@ def test_head_sizes_in_bfloat16(D, blkq, blkk):
 def test_equal_and_extreme_scores_stay_finite(size, device):
     q, k, v = (torch.randn(1, 1, 64, 16, device=device) for _ in range(3))
     q, k = ((x * size).requires_grad_() for x in (q, k))
-    o = sla_attention(
-        q, k, v, topk=0.5, blkq=16, blkk=16, proj_l_weight=torch.eye(16, device=device), impl="triton"
-    )
+    o = sla_attention(q, k, v, topk=0.5, blkq=16, blkk=16, proj_l_weight=torch.eye(16, device=device), impl="triton")
     o.sum().backward()
     assert all(x.isfinite().all() for x in (o, q.grad, k.grad))
 

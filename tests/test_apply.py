@@ -1,0 +1,253 @@
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from models import MODELS, make, output
+
+import diffusers_sla.processor
+from diffusers_sla import (
+    SLAAttnProcessor,
+    SLAConfig,
+    SLAUnsupportedError,
+    apply_sla,
+    record,
+    remove_sla,
+    sla_attention,
+    sla_disabled,
+    sla_layers,
+    sla_parameters,
+    sla_report,
+)
+from diffusers_sla.apply import attention_clock
+
+SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_block_and_a_zero_projection_is_the_native_model(name):
+    model, inputs = make(name)
+    expected = output(model, inputs)
+    apply_sla(model, topk_one := SLAConfig(topk=1.0, blkq=16, blkk=16))
+    actual = output(model, inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    layers = sla_layers(model)
+    assert len(layers) == MODELS[name][1]
+    assert all(
+        (layer.calls_sla, dict(layer.calls_dense), layer.config) == (1, {}, topk_one) for layer in layers.values()
+    )
+    remove_sla(model)
+    assert torch.equal(output(model, inputs), expected)
+    assert not sla_layers(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_each_call_is_the_ops_with_the_text_kept(name):
+    model, inputs = make(name)
+    expected = output(model, inputs)
+    apply_sla(model, SPARSE)
+    for layer in sla_layers(model).values():
+        layer.state.proj_l_weight.normal_(std=0.3)
+    with record(model) as records:
+        actual = output(model, inputs)
+    assert (actual - expected).abs().max() > 1e-4  # a quarter of the blocks is not all of them
+    assert [r.layer for r in records] == list(sla_layers(model))
+    text = MODELS[name][2]
+    for r in records:
+        weights = sla_layers(model)[r.layer].state
+        by_hand = sla_attention(
+            r.query, r.key, r.value, topk=0.25, blkq=16, blkk=16, proj_l_weight=weights.proj_l_weight,
+            proj_l_bias=weights.proj_l_bias, keep_q=r.kept, keep_k=r.kept, key_mask=r.key_mask, impl="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(r.output, by_hand, rtol=1e-4, atol=1e-5)
+        assert sum(r.kept) == (0 if r.layer.endswith("attn2") else text)
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", "wan", "sd3"])
+def test_the_setter_binds_one_processor_per_self_attention_layer(name):
+    model, _ = make(name)
+    native = {key: type(processor) for key, processor in model.attn_processors.items()}
+    model.set_attn_processor(SLAAttnProcessor(topk=0.15))
+    after = model.attn_processors
+    bound = {key: p for key, p in after.items() if isinstance(p, SLAAttnProcessor)}
+    assert len(bound) == len({id(p) for p in bound.values()}) == MODELS[name][1]
+    assert {key: type(p) for key, p in after.items() if key not in bound} == {
+        key: kind for key, kind in native.items() if key not in bound
+    }
+    assert all(p.config.topk == 0.15 for p in bound.values())
+    assert not any(".attn2." in key for key in bound if name in ("unet", "wan"))
+
+
+def test_the_setter_still_takes_native_processors():
+    model, inputs = make("wan")
+    expected = output(model, inputs)
+    native = dict(model.attn_processors)
+    model.set_attn_processor(SLAAttnProcessor())
+    model.set_attn_processor(dict(native))
+    assert model.attn_processors == native
+    assert torch.equal(output(model, inputs), expected)
+
+
+class TwoTransformers(DiffusionPipeline):
+    def __init__(self, transformer, transformer_2, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, transformer_2=transformer_2, scheduler=scheduler)
+
+
+def test_a_pipelines_setter_serves_all_of_its_denoisers():
+    pipe = TwoTransformers(make("wan")[0], make("wan")[0], FlowMatchEulerDiscreteScheduler())
+    pipe.set_attn_processor(SLAAttnProcessor(topk=0.1))
+    assert list(sla_layers(pipe)) == [
+        f"{name}.blocks.{i}.attn1" for name in ("transformer", "transformer_2") for i in range(2)
+    ]
+    assert len(sla_parameters(pipe)) == 8
+    remove_sla(pipe)
+    assert sla_layers(pipe) == {}
+
+
+@pytest.mark.parametrize("name", ["unet", "flux", "wan"])
+def test_gradients_reach_projection_and_backbone(name):
+    model, inputs = make(name)
+    apply_sla(model, SPARSE)
+    output(model, inputs).square().mean().backward()
+    for parameter in sla_parameters(model):
+        assert parameter.dtype is torch.float32
+        assert parameter.grad.abs().max() > 0
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in model.parameters()) > len(sla_parameters(model))
+
+
+@torch.no_grad()
+def test_copies_and_pickles_compute_the_same_and_share_nothing():
+    model, inputs = make("flux")
+    apply_sla(model, SPARSE)
+    next(iter(sla_parameters(model))).normal_()
+    expected = output(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(twin, inputs), expected)
+        assert {id(p) for p in sla_parameters(twin)}.isdisjoint(id(p) for p in sla_parameters(model))
+
+
+@torch.no_grad()
+def test_two_models_in_two_threads_do_not_mix():
+    models = [make("flux") for _ in range(2)]
+    apply_sla(models[0][0], SPARSE)
+    apply_sla(models[1][0], SLAConfig(topk=0.75, blkq=16, blkk=16))
+    expected = [output(*m) for m in models]
+    seen = [[], []]
+
+    def work(i):
+        seen[i].extend(output(*models[i]) for _ in range(5))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(seen[i]) == 5 and all(torch.equal(o, expected[i]) for o in seen[i]) for i in range(2))
+
+
+@torch.no_grad()
+def test_a_saved_model_loads_as_the_native_one(tmp_path):
+    model, inputs = make("wan")
+    expected = output(model, inputs)
+    apply_sla(model, SPARSE)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(output(again, inputs), expected)
+
+
+def test_applying_again_takes_new_settings_and_keeps_projections():
+    model, _ = make("wan")
+    apply_sla(model, SPARSE)
+    with torch.no_grad():
+        for parameter in sla_parameters(model):
+            parameter.normal_()
+    before = [p.clone() for p in sla_parameters(model)]
+    apply_sla(model, '{"topk": 0.5}')
+    assert all(torch.equal(a, b) for a, b in zip(before, sla_parameters(model), strict=True))
+    assert {layer.config.topk for layer in sla_layers(model).values()} == {0.5}
+
+
+def test_casting_a_model_leaves_the_projection_in_float32():
+    model, _ = make("wan")
+    apply_sla(model, SPARSE)
+    value = torch.full((12,), 1.0001)
+    sla_parameters(model)[1].data.copy_(value)
+    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.to(torch.float8_e4m3fn)):
+        cast(model)
+        assert {p.dtype for p in sla_parameters(model)} == {torch.float32}
+        assert torch.equal(sla_parameters(model)[1], value)
+
+
+def test_disabled_runs_dense_and_says_so():
+    model, inputs = make("dit")
+    expected = output(model, inputs)
+    apply_sla(model, SPARSE)
+    with sla_disabled(model), attention_clock(model) as clock:
+        assert torch.equal(output(model, inputs), expected)
+    assert clock.calls == 2
+    assert clock.seconds > 0
+    output(model, inputs)
+    report = sla_report(model).to_dict()
+    assert report["transformer.transformer_blocks.0.attn1"] == {
+        "runs": "sla", "calls_sla": 1, "calls_dense": {"disabled": 1}
+    }  # fmt: skip
+    assert "1 (disabled)" in str(sla_report(model))
+
+
+def test_what_cannot_be_served_runs_dense_visibly_or_raises(caplog):
+    model, _ = make("dit")
+    apply_sla(model, SPARSE, strict=False)
+    layer = next(iter(sla_layers(model).values()))
+    x = torch.randn(1, 2, 32, 8)
+    for _ in range(2):
+        layer.attend_bhld(x, x, x, is_causal=True)
+    assert layer.calls_dense == {"the call is causal": 2}
+    assert caplog.text.count("runs dense: the call is causal") == 1
+    layer.strict = True
+    with pytest.raises(SLAUnsupportedError, match="the call is causal"):
+        layer.attend_bhld(x, x, x, is_causal=True)
+    layer.strict = None
+    layer.train()
+    with pytest.raises(SLAUnsupportedError, match="queries and keys differ in number: 32 and 16"):
+        layer.attend_bhld(x, x[:, :, :16], x[:, :, :16])
+
+
+def test_key_masks_are_read_in_both_forms_and_others_refused():
+    x = torch.randn(2, 2, 8, 8)
+    keys = torch.rand(2, 8) > 0.3
+    row, why = diffusers_sla.processor._key_mask(keys[:, None, None], x, x)
+    assert why is None
+    assert torch.equal(row, keys)
+    outer, why = diffusers_sla.processor._key_mask(keys[:, None, :, None] & keys[:, None, None], x, x)
+    assert why is None
+    assert torch.equal(outer, keys)
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()[None, None].expand(2, 1, 8, 8)
+    assert diffusers_sla.processor._key_mask(causal, x, x)[1] == "the attention mask differs from query to query"
+    assert "torch.float32" in diffusers_sla.processor._key_mask(torch.zeros(2, 1, 1, 8), x, x)[1]
+
+
+def test_a_model_without_layers_for_sla_is_refused_by_name():
+    with pytest.raises(SLAUnsupportedError, match="no attention layer of UNet2DModel"):
+        apply_sla(UNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2))  # fmt: skip  # noqa: E501
+    with pytest.raises(SLAUnsupportedError, match="model or pipeline is needed, got int"):
+        apply_sla(3)
+
+
+def test_a_template_says_that_it_belongs_to_no_layer():
+    with pytest.raises(SLAUnsupportedError, match="belongs to no layer"):
+        SLAAttnProcessor()(None, None)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan", "unet"])
+def test_a_compiled_model_is_one_graph(name):
+    torch._dynamo.reset()
+    model, inputs = make(name)
+    apply_sla(model, SPARSE)
+    expected = output(model, inputs)
+    actual = output(torch.compile(model, fullgraph=True, backend="eager"), inputs)
+    torch.testing.assert_close(actual, expected)
