@@ -45,7 +45,7 @@ def self_attention_layers(model_or_pipe: Any) -> dict[str, int]:
     Raises:
         SLAUnsupportedError: No model of a known class, one without such a layer, or a head size over 256.
     """
-    layers = {}
+    layers: dict[str, int] = {}
     for component, model in denoisers(model_or_pipe).items():
         family = FAMILIES[type(model).__name__]
         found = {

@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 from .errors import SLAUnsupportedError
 
@@ -60,6 +61,6 @@ def rewritten(native: type, base: type) -> type:
     ast.increment_lineno(tree, call.__code__.co_firstlineno - 1)  # tracebacks point into diffusers' own file
     namespace: dict = {}
     exec(compile(tree, inspect.getsourcefile(call) or "<native>", "exec"), call.__globals__, namespace)
-    new_call = functools.update_wrapper(namespace["__call__"], call)
+    new_call: Any = functools.update_wrapper(namespace["__call__"], call)
     new_call.__defaults__, new_call.__kwdefaults__ = call.__defaults__, call.__kwdefaults__
     return type(f"SLA{native.__name__}", (base, native), {"__call__": new_call, "native_class": native})

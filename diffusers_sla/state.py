@@ -1,6 +1,6 @@
 """The file `sla_attention.pt`: trained projections and the settings they were trained with. No network here.
 
-Version 2: {"format": "diffusers_sla", "version": 2, "settings": {...}, "state": {layer: {name: tensor}}, "meta": {...}}
+Version 2: {"format": "diffusers_sla", "version": 2, "settings": {}, "state": {layer: {name: tensor}}, "meta": {}},
 with layers such as "transformer.blocks.0.attn1". `sla_attention.safetensors` holds the same: tensors named
 "<layer>.<name>", and the rest as JSON in its header. Version 1 is SimpleTuner's, one projection per head size.
 """

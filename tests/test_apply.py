@@ -55,7 +55,7 @@ def test_each_call_is_the_ops_with_the_text_kept(name):
     with record(model) as records:
         actual = output(model, inputs)
     assert (actual - expected).abs().max() > 1e-4  # a quarter of the blocks is not all of them
-    assert [r.layer for r in records] == list(sla_layers(model))
+    assert sorted(r.layer for r in records) == sorted(sla_layers(model))
     text = MODELS[name][2]
     for r in records:
         weights = sla_layers(model)[r.layer].state

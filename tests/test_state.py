@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pickle
@@ -107,7 +108,7 @@ def test_bad_contents_are_named(bad, error, message):
 def test_a_missing_file_says_how_to_make_one(tmp_path):
     with pytest.raises(SLAStateNotFoundError, match=r"has no sla_attention\.pt; save_sla_weights\(pipe"):
         read_state(tmp_path)
-    with pytest.raises(FileNotFoundError if False else OSError, match="there is no state file"):
+    with pytest.raises(OSError, match="there is no state file"):
         read_state(tmp_path / "x.pt")
 
 
@@ -123,10 +124,8 @@ def test_a_file_cut_anywhere_or_damaged_is_refused_or_whole(tmp_path, name):
             read_state(path)
     for at in torch.randint(0, len(whole), (100,), generator=generator).tolist():
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        try:
+        with contextlib.suppress(SLAStateError):  # a flipped bit inside a tensor may pass; nothing else may be raised
             read_state(path)
-        except SLAStateError as error:
-            assert str(error)
 
 
 def test_a_pickle_with_code_is_never_run(tmp_path):

@@ -231,7 +231,9 @@ class _Gather:
             self.valid = inner.expand(B, Hkv, num_k_blocks, blkk).reshape(-1, blkk)
             kept = torch.cat([valid[:, :first], valid[:, last:]], 1)
             self.kept_valid = kept[:, None].expand(B, Hkv, kept.shape[1]).flatten(0, 1)
-        if key_mask is not None:  # what a mask hides must not reach anyone, NaN included
+        if (
+            key_mask is not None and self.valid is not None and self.kept_valid is not None
+        ):  # what a mask hides must not reach anyone, NaN included
             self.k, self.v = (x.masked_fill(~self.valid[..., None], 0) for x in (self.k, self.v))
             hidden = ~self.kept_valid[..., None]
             self.kept_k, self.kept_v = (x.masked_fill(hidden, 0) for x in (self.kept_k, self.kept_v))
@@ -249,7 +251,7 @@ class _Gather:
         if self.kept_k.shape[1]:
             keys = torch.cat([self.kept_k[head], keys], 1)
             values = torch.cat([self.kept_v[head], values], 1)
-            if visible is not None:
+            if visible is not None and self.kept_valid is not None:
                 visible = torch.cat([self.kept_valid[head], visible], 1)
         return self.q[rows], keys, values, visible, (at, head)
 
