@@ -58,6 +58,11 @@ class SLAConfig:
         """Plain dict of every setting, as written into state files."""
         return asdict(self)
 
+    def kernel_settings(self) -> dict[str, Any]:
+        """The settings that `sla_attention` takes, by its names."""
+        names = ("topk", "blkq", "blkk", "feature_map", "linear", "skip")
+        return {name: getattr(self, name) for name in names}
+
     @classmethod
     def parse(cls, settings: "SLAConfig | Mapping[str, Any] | str | None") -> "SLAConfig":
         """SLAConfig from one, a mapping, or a JSON or Python-dict string such as '{"topk": 0.15, "blkq": 32}'.

@@ -83,10 +83,8 @@ class SLALayer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, config: SLAConfig, **keywords: Any) -> Tensor:
         """`sla_attention` with this layer's weights; query, key, value [B, H, L, D]."""
-        return sla_attention(
-            query, key, value, topk=config.topk, blkq=config.blkq, blkk=config.blkk, feature_map=config.feature_map,
-            linear=config.linear, skip=config.skip, **{name: getattr(self, name) for name in WEIGHTS}, **keywords,
-        )  # fmt: skip
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        return sla_attention(query, key, value, **config.kernel_settings(), **weights, **keywords)
 
     def _apply(self, fn, recurse=True):
         def move(tensor):
