@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,16 +174,20 @@ def record(model_or_pipe: Any, layers: list[str] | None = None) -> Iterator[list
 
         return watch
 
-    with _watching(model_or_pipe, {name: watcher(name) for name in layers or sla_layers(model_or_pipe)}):
+    with watch_attention(model_or_pipe, {name: watcher(name) for name in layers or sla_layers(model_or_pipe)}):
         yield records
 
 
 @dataclass
 class AttentionClock:
-    """Seconds spent in the attention calls of SLA layers, and how many calls there were."""
+    """Seconds spent in the attention calls of SLA layers, how many calls there were, and the last one of each layer.
+
+    shapes: layer -> query's shape [B, H, Lq, D], key's shape, and the text tokens at the front and the back.
+    """
 
     seconds: float = 0.0
     calls: int = 0
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -191,32 +195,47 @@ def attention_clock(model_or_pipe: Any) -> Iterator[AttentionClock]:
     """Measure the time spent in attention, waiting for the device before and after each call."""
     clock = AttentionClock()
 
-    def watch(processor, query, key, value, key_mask, kept, run):
-        _wait(query.device)
-        start = time.perf_counter()
-        output = run()
-        _wait(query.device)
-        clock.seconds += time.perf_counter() - start
-        clock.calls += 1
-        return output
+    def watcher(name):
+        def watch(processor, query, key, value, key_mask, kept, run):
+            _wait(query.device)
+            start = time.perf_counter()
+            output = run()
+            _wait(query.device)
+            clock.seconds += time.perf_counter() - start
+            clock.calls += 1
+            clock.shapes[name] = (tuple(query.shape), tuple(key.shape), kept)
+            return output
 
-    with _watching(model_or_pipe, dict.fromkeys(sla_layers(model_or_pipe), watch)):
+        return watch
+
+    with watch_attention(model_or_pipe, {name: watcher(name) for name in sla_layers(model_or_pipe)}):
         yield clock
 
 
 @contextlib.contextmanager
-def _watching(model_or_pipe, watchers):
+def watch_attention(model_or_pipe: Any, watchers: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """Call `watch(processor, query, key, value, key_mask, kept, run)` in place of a layer's attention.
+
+    `run()` computes it; what `watch` returns [B, H, L, D] is what the layer goes on with.
+
+    Args:
+        watchers: Layer, as `sla_layers` names it -> watch. A layer has one at a time: an inner block's.
+
+    Raises:
+        SLAUnsupportedError: No such layer has SLA.
+    """
     layers = sla_layers(model_or_pipe)
     unknown = [name for name in watchers if name not in layers]
     if unknown:
         raise SLAUnsupportedError(f"{unknown[0]!r} is no SLA layer; there are {', '.join(layers) or 'none'}")
+    before = {name: layers[name].watch for name in watchers}
     for name, watch in watchers.items():
         layers[name].watch = watch
     try:
         yield
     finally:
-        for name in watchers:
-            layers[name].watch = None
+        for name, watch_before in before.items():
+            layers[name].watch = watch_before
 
 
 @dataclass
