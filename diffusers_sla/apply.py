@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import SLAConfig
 from .errors import SLAUnsupportedError
-from .families import FAMILIES, is_self_attention
+from .families import FAMILIES, family_of, is_self_attention
 from .kernel.api import MAX_HEAD_DIM
 from .processor import WEIGHTS, BoundSLAAttnProcessor, bind
 
@@ -32,7 +32,7 @@ def denoisers(model_or_pipe: Any) -> dict[str, Any]:
         raise SLAUnsupportedError(f"a diffusers model or pipeline is needed, got {type(model_or_pipe).__name__}")
     models = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
     models = {name: part for name, part in models.items() if isinstance(part, nn.Module)}
-    known = {name: part for name, part in models.items() if type(part).__name__ in FAMILIES}
+    known = {name: part for name, part in models.items() if family_of(part)}
     if not known:
         classes = ", ".join(sorted(type(part).__name__ for part in models.values())) or "no model"
         raise SLAUnsupportedError(f"SLA knows no attention layer of {classes}; it knows {', '.join(FAMILIES)}")
@@ -47,7 +47,7 @@ def self_attention_layers(model_or_pipe: Any) -> dict[str, int]:
     """
     layers: dict[str, int] = {}
     for component, model in denoisers(model_or_pipe).items():
-        family = FAMILIES[type(model).__name__]
+        family = family_of(model)
         found = {
             f"{component}.{path}": _head_dim(attn)
             for path, attn in model.named_modules()
@@ -86,7 +86,7 @@ def apply_sla(
         component, _, path = name.partition(".")
         model = models[component]
         attn = model.get_submodule(path)
-        family = FAMILIES[type(model).__name__]
+        family = family_of(model)
         old = attn.processor
         native = old.native if isinstance(old, BoundSLAAttnProcessor) else old
         device = next(attn.parameters()).device

@@ -36,6 +36,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def family_of(model) -> Family | None:
+    """The family of a model; of FSDP2's subclass of it too, which `fully_shard` makes of a model's class."""
+    return next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
+
+
 def is_self_attention(family: Family, path: str, attn) -> bool:
     """Whether the layer at `path` is one that the family runs with SLA."""
     if not re.search(family.layers, path):

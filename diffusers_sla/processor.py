@@ -93,6 +93,11 @@ class SLALayer(nn.Module):
 
         return super()._apply(move, recurse)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.phi_k_weight is self.phi_q_weight:  # safetensors refuses one tensor under two names
+            destination.pop(f"{prefix}phi_k_weight", None)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args):
         # A backbone's checkpoint has none of our keys: they live in the state file.
         missing: list[str] = []

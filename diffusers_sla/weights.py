@@ -34,7 +34,7 @@ def sla_state(model_or_pipe: Any) -> SLAState:
     state = {}
     for name, layer in layers.items():
         tensors = {
-            key.replace("_weight", ".weight").replace("_bias", ".bias"): parameter.detach().cpu().clone()
+            key.replace("_weight", ".weight").replace("_bias", ".bias"): _whole(parameter)
             for key, parameter in layer.state.named_parameters(remove_duplicate=False)
         }
         state[name] = tensors
@@ -96,6 +96,44 @@ def load_sla_weights(
             for key, tensor in tensors[name].items():
                 getattr(layer.state, key.replace(".", "_")).copy_(tensor)
     return model_or_pipe
+
+
+def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[str, Any]) -> SLAState:
+    """Copy a state file into the parameters that the layers already have, for an optimizer holds them; returns it.
+
+    Raises:
+        SLAStateError: As `load_sla_weights`; also where only one of the two has proj_s. Nothing is changed then.
+    """
+    state = read_state(source)
+    installed = sla_layers(model_or_pipe)
+    if not installed:
+        raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
+    chosen = _settings(state, next(iter(installed.values())).config, override=False)
+    tensors = _fit(state, self_attention_layers(model_or_pipe), chosen)
+    for name, layer in installed.items():
+        if ("proj_s.weight" in tensors[name]) != (layer.state.proj_s_weight is not None):
+            raise SLAStateMismatchError(
+                f"only one of {name} and the file has proj_s; load_sla_weights(model, folder) makes the layer like "
+                "the file, and has to come before the optimizer is made"
+            )
+    with torch.no_grad():
+        for name, layer in installed.items():
+            for key, tensor in tensors[name].items():
+                _copy(tensor, getattr(layer.state, key.replace(".", "_")))
+    return state
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter on CPU, gathered from every process where FSDP2 has cut it up."""
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu().clone()
+
+
+def _copy(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(tensor)
 
 
 def _settings(state: SLAState, wanted: SLAConfig | None, override: bool) -> SLAConfig:
