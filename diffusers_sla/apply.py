@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import SLAConfig
 from .errors import SLAUnsupportedError
-from .families import FAMILIES, family_of, is_self_attention
+from .families import FAMILIES, family_of, is_known, is_self_attention
 from .kernel.api import MAX_HEAD_DIM
 from .processor import WEIGHTS, BoundSLAAttnProcessor, bind
 
@@ -32,7 +32,7 @@ def denoisers(model_or_pipe: Any) -> dict[str, Any]:
         raise SLAUnsupportedError(f"a diffusers model or pipeline is needed, got {type(model_or_pipe).__name__}")
     models = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
     models = {name: part for name, part in models.items() if isinstance(part, nn.Module)}
-    known = {name: part for name, part in models.items() if family_of(part)}
+    known = {name: part for name, part in models.items() if is_known(part)}
     if not known:
         classes = ", ".join(sorted(type(part).__name__ for part in models.values())) or "no model"
         raise SLAUnsupportedError(f"SLA knows no attention layer of {classes}; it knows {', '.join(FAMILIES)}")

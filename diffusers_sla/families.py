@@ -36,9 +36,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(model) -> Family | None:
-    """The family of a model; of FSDP2's subclass of it too, which `fully_shard` makes of a model's class."""
-    return next((FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES), None)
+def is_known(model) -> bool:
+    """Whether there is a family for this model."""
+    return any(base.__name__ in FAMILIES for base in type(model).__mro__)
+
+
+def family_of(model) -> Family:
+    """The family of a known model, also of the subclass that FSDP2 makes of a model's class."""
+    return next(FAMILIES[base.__name__] for base in type(model).__mro__ if base.__name__ in FAMILIES)
 
 
 def is_self_attention(family: Family, path: str, attn) -> bool:

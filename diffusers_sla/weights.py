@@ -128,8 +128,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu().clone()
 
 
-def _copy(tensor: torch.Tensor, parameter: torch.Tensor) -> None:
-    if hasattr(parameter, "device_mesh"):
+def _copy(tensor: torch.Tensor, parameter: Any) -> None:
+    if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
         tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -171,7 +171,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_projections_alone(tmp_path):
         other.accelerator.load_state(tmp_path)
     one = Run()
     next(iter(sla_layers(one.model).values())).state.add_proj_s()
-    with pytest.raises(SLAStateMismatchError, match="only one of transformer.blocks.0.attn1 and the file has proj_s"):
+    with pytest.raises(SLAStateMismatchError, match=r"only one of .*blocks\.0\.attn1 and the file has proj_s"):
         one.accelerator.load_state(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(kept, sla_parameters(other.model), strict=True))
     assert not any(p.any() for p in sla_parameters(one.model)[:2])
