@@ -41,9 +41,11 @@ PHOTOS = {
 NO_LABEL = 1000  # DiTPipeline's own label for classifier-free guidance
 MAX_SIDE = 768
 TRAIN_SHARE = 0.8
-PIXELS, LATENT_CHANNELS, DOWNSCALE = 256, 8, 4
+PIXELS, LATENT_CHANNELS, DOWNSCALE = 256, 4, 4
+WINDOW = 128  # the autoencoder is convolutional: it learns as much from smaller windows, and more of them
 KL_WEIGHT = 2e-4
-VAE_SHARE = 0.17  # of the whole time
+VAE_SHARE = 0.2  # of the whole time
+SHIFT = 2.0  # towards noise: where the layout of an image is decided
 
 
 def pack(path):
@@ -63,15 +65,16 @@ def pack(path):
 def cut(photo, count, held_out, generator):
     """`count` random square crops of one photograph, half of them mirrored: [count, 3, PIXELS, PIXELS] uint8.
 
-    A crop is between 1/5 of the photograph's width and all of its height (large ones more often); held-out crops
-    must fit into the right 1/5 and are all of the smallest size.
+    A crop is between 1/5 of the photograph's width and all of its height: four of five close to the largest, which
+    show the whole subject. Held-out crops must fit into the right 1/5 and are all of the smallest size.
     """
     height, width = photo.shape[1:]
     border = int(width * TRAIN_SHARE)
     smallest, largest = width - border, min(height, border)
     crops = torch.empty(count, 3, PIXELS, PIXELS, dtype=torch.uint8, device=photo.device)
     for i, (u_side, u_top, u_left, u_flip) in enumerate(torch.rand(count, 4, generator=generator).tolist()):
-        side = smallest if held_out else round(smallest + (largest - smallest) * math.sqrt(u_side))
+        share = u_side / 0.2 if u_side < 0.2 else 0.8 + 0.2 * (u_side - 0.2) / 0.8
+        side = smallest if held_out else round(smallest + (largest - smallest) * share)
         top = int(u_top * (height - side + 1))
         left = border if held_out else int(u_left * (border - side + 1))
         crop = photo[None, :, top : top + side, left : left + side].float()
@@ -150,21 +153,22 @@ def to_unit(crops):
     return crops.float().div_(127.5).sub_(1)
 
 
-def train_vae(vae, crops, until, batch, progress, compiled):
+def train_vae(vae, crops, until, batch, progress):
     """Reconstruction (squared and absolute error) plus a small KL term, until the clock says `until` seconds."""
-    vae.train().to(memory_format=torch.channels_last)
-    encoder, decoder = (torch.compile(part) if compiled else part for part in (vae.encoder, vae.decoder))
+    vae.train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.0)
     started, step = progress.seconds(), 0
     while progress.seconds() < until:
         done = (progress.seconds() - started) / (until - started)
         optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
-        pixels = to_unit(crops[torch.randint(len(crops), (batch,), device=crops.device)])
+        top, left = torch.randint(0, PIXELS - WINDOW + 1, (2,)).tolist()
+        index = torch.randint(len(crops), (batch,), device=crops.device)
+        pixels = to_unit(crops[index, :, top : top + WINDOW, left : left + WINDOW])
         with torch.autocast(crops.device.type, torch.bfloat16, enabled=crops.is_cuda):
-            mean, log_variance = encoder(pixels).float().chunk(2, dim=1)
+            mean, log_variance = vae.encoder(pixels).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-20, 10)
             latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-            decoded = decoder(latents).float()
+            decoded = vae.decoder(latents).float()
         squared = F.mse_loss(decoded, pixels)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = squared + 0.1 * F.l1_loss(decoded, pixels) + KL_WEIGHT * kl
@@ -227,7 +231,8 @@ def train_transformer(model, pool, fixed, until, batch, learning_rate, progress,
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, (step + 1) / 200) * decay
         index = torch.randint(len(means), (batch,), device=means.device)
         latents = means[index] + deviations[index] * torch.randn_like(means[index])
-        sigma = torch.sigmoid(torch.randn(batch, device=means.device)).clamp(0.001, 0.999)
+        sigma = torch.sigmoid(torch.randn(batch, device=means.device))
+        sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).clamp(0.001, 0.999)
         given = torch.where(torch.rand(batch, device=means.device) < 0.1, NO_LABEL, labels[index])
         loss = flow_loss(forward, latents.float(), torch.randn_like(latents, dtype=torch.float32), sigma, given)
         optimizer.zero_grad(set_to_none=True)
@@ -255,22 +260,24 @@ def check(model, fixed, batch):
 
 def save_pipeline(vae, transformer, names, folder):
     """One folder for `DiffusionPipeline.from_pretrained`, weights in float16."""
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     pipeline = DiTPipeline(transformer, vae, scheduler, id2label=dict(enumerate(names)))
     pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(names)})
     pipeline.to(torch.float16).save_pretrained(folder)
 
 
 def save_samples(folder, path, device, steps):
-    """A sheet with two images of every class, made by the pipeline as a user would load it."""
+    """A sheet with two images of every class, without and with guidance, by the pipeline as a user would load it."""
     pipeline = DiTPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     ids = sorted(pipeline.labels.values())
     sheet = Image.new("RGB", (PIXELS * 8, PIXELS * math.ceil(len(ids) / 4)))
     for i, class_id in enumerate(ids):
-        generator = [torch.Generator(device).manual_seed(seed) for seed in range(2)]
-        images = pipeline([class_id] * 2, guidance_scale=1.0, generator=generator, num_inference_steps=steps).images
-        for j, image in enumerate(images):
+        for j, guidance in enumerate((1.0, 2.0)):
+            image = pipeline(
+                [class_id], guidance_scale=guidance, generator=torch.Generator(device).manual_seed(0),
+                num_inference_steps=steps,
+            ).images[0]  # fmt: skip
             sheet.paste(image, ((i % 4 * 2 + j) * PIXELS, i // 4 * PIXELS))
     sheet.save(path)
 
@@ -302,7 +309,7 @@ def train(options):
         vae_steps = 0
     else:
         vae, model = build_vae(options.tiny).to(device), build_transformer(options.tiny).to(device)
-        vae_steps = train_vae(vae, crops, VAE_SHARE * seconds, batch, progress, compiled)
+        vae_steps = train_vae(vae, crops, VAE_SHARE * seconds, batch, progress)
     means, deviations = encode(vae, crops, batch)
     if not options.resume:
         scale = 1 / (means.float().var() + deviations.float().square().mean()).sqrt().item()
