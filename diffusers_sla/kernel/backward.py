@@ -6,13 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .forward import listed_keys, load_rows, masked_keys
 from .launch import PRECISION, block_d, dkdv_config, dq_config
 
 
 @triton.jit
-def _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION: tl.constexpr):
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    p = tl.where(visible[None, :], tl.exp2(scores - lse_log2[:, None]), 0.0)
+def _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+    if MASKED:
+        p = tl.where(visible[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -24,13 +27,14 @@ def _sparse_bwd_dq_kernel(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
     H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk, scale, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLKK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dQ of one query block over its key blocks, and delta = rowsum(dO_s * O_s).
+    """One program computes dQ of BLOCK_M queries over their key blocks, and delta = rowsum(dO_s * O_s).
 
-    Grid: (num_kept + num_q_blocks, B * H), as in the forward. dq holds the linear branch's share of the queries in
+    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of the queries in
     blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
     """
     pid = tl.program_id(0)
@@ -40,9 +44,9 @@ def _sparse_bwd_dq_kernel(
     h_kv = h // (H // Hkv)
     cols = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
-    block = pid - num_kept
-    is_kept = block < 0
-    row = q_first + block * BLOCK_M
+    is_kept = pid < num_kept
+    block = (pid - num_kept) // (BLKQ // BLOCK_M)
+    row = q_first + (pid - num_kept) * BLOCK_M
     row_end = q_end
     if KEEP_Q:
         if is_kept:
@@ -60,59 +64,71 @@ def _sparse_bwd_dq_kernel(
     delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
     tl.store(delta_ptr + bh * Lq + rows, delta, mask=row_valid)
     log2e: tl.constexpr = 1.4426950408889634
-    lse_log2 = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0) * log2e
+    lse_log2 = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=float("inf")) * log2e
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    PER_STEP: tl.constexpr = BLOCK_N // BLKK
+    PER_STEP: tl.constexpr = BLOCK_N // BLKK if BLOCK_N > BLKK else 1
+    LAST: tl.constexpr = BLKK // BLOCK_N if BLOCK_N < BLKK else 1
     listed = topk
     if KEEP_Q:
         listed = tl.where(is_kept, 0, topk)
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
-    for start in range(0, listed, PER_STEP):
-        position = start + n // BLKK
-        chosen = tl.load(list_base + position, mask=position < listed, other=0)
-        keys = k_first + chosen * BLKK + n % BLKK
-        visible = (position < listed) & (keys < k_end)
+    rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP  # whole blocks, as in the forward
+    for step in range(0, rest // PER_STEP * LAST):
+        first, inner = listed_keys(list_base, step, n, BLKK, BLOCK_N)
+        k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+        v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+        visible = n >= 0
+        if HAS_MASK:
+            visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
+        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, HAS_MASK, PRECISION)
+    KEEP: tl.constexpr = KEEP_Q or KEEP_K
+    front_end = k_first
+    back = k_end
+    if KEEP_Q:
+        front_end = tl.where(is_kept, Lk, k_first)
+        back = tl.where(is_kept, Lk, k_end)
+    num_front_steps = tl.cdiv(front_end, BLOCK_N)
+    num_steps = LAST
+    if KEEP:
+        num_steps += num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
+    for step in range(0, num_steps):
+        keys, visible = masked_keys(
+            step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n, BLKK, BLOCK_N, KEEP
+        )
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
         offsets = keys.to(tl.int64)[:, None]
         load = visible[:, None] & (cols[None, :] < D)
         k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
         v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
-        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION)
-    if KEEP_Q or KEEP_K:
-        front_end = k_first
-        back = k_end
-        if KEEP_Q:
-            front_end = tl.where(is_kept, Lk, k_first)
-            back = tl.where(is_kept, Lk, k_end)
-        num_front_steps = tl.cdiv(front_end, BLOCK_N)
-        for step in range(0, num_front_steps + tl.cdiv(Lk - back, BLOCK_N)):
-            at_front = step < num_front_steps
-            keys = tl.where(at_front, step * BLOCK_N, back + (step - num_front_steps) * BLOCK_N) + n
-            visible = keys < tl.where(at_front, front_end, Lk)
-            if HAS_MASK:
-                visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
-            offsets = keys.to(tl.int64)[:, None]
-            load = visible[:, None] & (cols[None, :] < D)
-            k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
-            v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
-            dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, PRECISION)
+        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, True, PRECISION)
 
     dq *= scale
     if HAS_LINEAR:
-        dq += tl.load(dq_ptr + o_offsets, mask=inside & (block >= 0), other=0.0).to(tl.float32)
+        dq += tl.load(dq_ptr + o_offsets, mask=inside & (pid >= num_kept), other=0.0).to(tl.float32)
     tl.store(dq_ptr + o_offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION: tl.constexpr):
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [N, M]
+def _dkdv_step(
+    q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv, stride_ql, stride_dl, cols,
+    scale_log2, D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step over a tile of queries. Rows that are not there have lse = inf, hence p = 0."""
+    load = row_valid[:, None] & (cols[None, :] < D)
+    at = rows.to(tl.int64)[:, None]
+    q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
+    do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
     log2e: tl.constexpr = 1.4426950408889634
-    p = tl.exp2(scores - (lse * log2e)[None, :])
-    p = tl.where(visible[:, None] & row_valid[None, :], p, 0.0)
+    lse_log2 = tl.load(lse_base + rows, mask=row_valid, other=float("inf")) * log2e
+    delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+    p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+    if MASKED:
+        p = tl.where(visible[:, None], p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
@@ -122,19 +138,20 @@ def _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_k_blocks", "total"])  # fmt: skip  # noqa: E501
 def _sparse_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, offsets_ptr, list_ptr, mask_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, starts_ptr, counts_ptr, list_ptr, mask_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
     H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, total, scale, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLKQ: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dK and dV of one key block over the query blocks that chose it, all heads of its group.
+    """One program computes dK and dV of BLOCK_N keys over the query blocks that chose them, all heads of their group.
 
-    Grid: (num_kept + num_k_blocks, B * Hkv); the first num_kept programs take the kept keys, over every query.
-    offsets: [B * H, num_k_blocks + 1], list: [B * H, total], int32. dk, dv: strides g, and the linear branch's share
-    of the keys in blocks when HAS_LINEAR.
+    Grid: (num_kept + num_k_blocks * BLKK // BLOCK_N, B * Hkv); the first num_kept programs take the kept keys, over every query.
+    starts, counts: [B * H, num_k_blocks], list: [B * H, total], int32. dk, dv: strides g, and the linear branch's
+    share of the keys in blocks when HAS_LINEAR. A step takes BLOCK_M queries: several blocks, or a part of one.
     """
     pid = tl.program_id(0)
     bh_kv = tl.program_id(1).to(tl.int64)
@@ -143,9 +160,9 @@ def _sparse_bwd_dkdv_kernel(
     group = H // Hkv
     cols = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
-    block = pid - num_kept
-    is_kept = block < 0
-    key = k_first + block * BLOCK_N
+    is_kept = pid < num_kept
+    block = (pid - num_kept) // (BLKK // BLOCK_N)
+    key = k_first + (pid - num_kept) * BLOCK_N
     key_end = k_end
     if KEEP_K:
         if is_kept:
@@ -163,30 +180,37 @@ def _sparse_bwd_dkdv_kernel(
     v = tl.load(v_ptr + b * stride_vb + h_kv * stride_vh + at * stride_vl + cols[None, :], mask=inside, other=0.0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-
-    PER_STEP: tl.constexpr = BLOCK_M // BLKQ
+    PER_STEP: tl.constexpr = BLOCK_M // BLKQ if BLOCK_M > BLKQ else 1
+    STEPS: tl.constexpr = BLKQ // BLOCK_M if BLOCK_M < BLKQ else 1  # steps per block
     for g in range(0, group):
         h = h_kv * group + g
         bh = b * H + h
         q_base = q_ptr + b * stride_qb + h * stride_qh
         do_base = do_ptr + b * stride_db + h * stride_dh
+        lse_base = lse_ptr + bh * Lq
+        delta_base = delta_ptr + bh * Lq
         first = 0
         last = 0
         if not is_kept:
-            first = tl.load(offsets_ptr + bh * (num_k_blocks + 1) + block)
-            last = tl.load(offsets_ptr + bh * (num_k_blocks + 1) + block + 1)
-        for start in range(first, last, PER_STEP):
-            position = start + m // BLKQ
-            chosen = tl.load(list_ptr + bh * total + position, mask=position < last, other=0)
-            rows = q_first + chosen * BLKQ + m % BLKQ
-            row_valid = (position < last) & (rows < q_end)
-            load = row_valid[:, None] & (cols[None, :] < D)
-            r = rows.to(tl.int64)[:, None]
-            q = tl.load(q_base + r * stride_ql + cols[None, :], mask=load, other=0.0)
-            do = tl.load(do_base + r * stride_dl + cols[None, :], mask=load, other=0.0)
-            lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
-            delta = tl.load(delta_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
-            dk, dv = _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION)
+            first = tl.load(starts_ptr + bh * num_k_blocks + block)
+            last = first + tl.load(counts_ptr + bh * num_k_blocks + block)
+        list_base = list_ptr + bh * total
+        if PER_STEP == 1:
+            for step in range(first * STEPS, last * STEPS):
+                rows = q_first + tl.load(list_base + step // STEPS) * BLKQ + step % STEPS * BLOCK_M + m
+                dk, dv = _dkdv_step(
+                    q_base, do_base, lse_base, delta_base, rows, rows < q_end, k, v, visible, dk, dv,
+                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
+        else:
+            for start in range(first, last, PER_STEP):
+                position = start + m // BLKQ
+                chosen = tl.load(list_base + position, mask=position < last, other=0)
+                rows = q_first + chosen * BLKQ + m % BLKQ
+                dk, dv = _dkdv_step(
+                    q_base, do_base, lse_base, delta_base, rows, (position < last) & (rows < q_end), k, v, visible,
+                    dk, dv, stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
         if KEEP_Q or KEEP_K:
             front_end = q_first
             back = q_end
@@ -198,34 +222,32 @@ def _sparse_bwd_dkdv_kernel(
                 at_front = step < num_front_steps
                 rows = tl.where(at_front, step * BLOCK_M, back + (step - num_front_steps) * BLOCK_M) + m
                 row_valid = rows < tl.where(at_front, front_end, Lq)
-                load = row_valid[:, None] & (cols[None, :] < D)
-                r = rows.to(tl.int64)[:, None]
-                q = tl.load(q_base + r * stride_ql + cols[None, :], mask=load, other=0.0)
-                do = tl.load(do_base + r * stride_dl + cols[None, :], mask=load, other=0.0)
-                lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
-                delta = tl.load(delta_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
-                dk, dv = _dkdv_step(q, do, k, v, visible, row_valid, lse, delta, dk, dv, scale_log2, PRECISION)
+                dk, dv = _dkdv_step(
+                    q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv,
+                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
 
     dk *= scale
     g_offsets = b * stride_gb + h_kv * stride_gh + at * stride_gl + cols[None, :]
     stored = key_valid[:, None] & (cols[None, :] < D)
     if HAS_LINEAR:
-        linear = stored & (block >= 0)
+        linear = stored & (pid >= num_kept)
         dk += tl.load(dk_ptr + g_offsets, mask=linear, other=0.0).to(tl.float32)
         dv += tl.load(dv_ptr + g_offsets, mask=linear, other=0.0).to(tl.float32)
     tl.store(dk_ptr + g_offsets, dk.to(dk_ptr.dtype.element_ty), mask=stored)
     tl.store(dv_ptr + g_offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-def sparse_bwd(do, q, k, v, o_s, lse, indices, offsets, listed, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
+def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
     """Launch the backward of the sparse branch; adds to what dq, dk, dv hold in blocks when `linear`, else overwrites.
 
-    dk and dv share one order of strides.
+    inverse: from `invert`. dk and dv share one order of strides, dq has that of o_s.
     """
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
     num_k_blocks = triton.cdiv(Lk - sum(keep_k), blkk)
+    starts, counts, listed = inverse
     delta = torch.empty_like(lse)
     ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
@@ -233,24 +255,24 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, offsets, listed, key_mask, dq, dk
         HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
         PRECISION=PRECISION,
     )  # fmt: skip
-    log2e = math.log2(math.e)
+    scale_log2 = scale * math.log2(math.e)
 
-    front, back = triton.cdiv(keep_q[0], blkq), triton.cdiv(keep_q[1], blkq)
     config = dq_config(q, blkq, blkk)
-    _sparse_bwd_dq_kernel[(front + back + num_q_blocks, B * H)](
+    front, back = triton.cdiv(keep_q[0], config.block_m), triton.cdiv(keep_q[1], config.block_m)
+    _sparse_bwd_dq_kernel[(front + back + num_q_blocks * (blkq // config.block_m), B * H)](
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_q_blocks, topk, scale, scale * log2e,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk), BLKK=blkk, **flags,
+        H, Hkv, *ranges, front, front + back, num_q_blocks, topk, scale, scale_log2,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
-    front, back = triton.cdiv(keep_k[0], blkk), triton.cdiv(keep_k[1], blkk)
     config = dkdv_config(q, blkq, blkk)
-    _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks, B * Hkv)](
-        q, k, v, do, offsets, listed, key_mask, lse, delta, dk, dv,
+    front, back = triton.cdiv(keep_k[0], config.block_n), triton.cdiv(keep_k[1], config.block_n)
+    _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks * (blkk // config.block_n), B * Hkv)](
+        q, k, v, do, starts, counts, listed, key_mask, lse, delta, dk, dv,
         *strides, *dk.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_k_blocks, listed.shape[1], scale, scale * log2e,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=max(config.block_n, blkq), BLOCK_N=blkk, BLKQ=blkq, **flags,
+        H, Hkv, *ranges, front, front + back, num_k_blocks, listed.shape[1], scale, scale_log2,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -13,7 +13,7 @@ HALVES = {"softmax": 1, "elu": 1, "relu": 1, "hedgehog": 2}
 
 @triton.jit
 def phi_stats(x, valid, PHI: tl.constexpr):
-    """Row maximum and row sum of a softmax-like phi: two [rows] vectors. `valid` [1, columns] masks padding."""
+    """Row maximum and 1 / row sum of a softmax-like phi: two [rows] vectors. `valid` [1, columns] masks padding."""
     if PHI == "softmax":
         top = tl.max(tl.where(valid, x, float("-inf")), 1)
         total = tl.sum(tl.where(valid, tl.exp(x - top[:, None]), 0.0), 1)
@@ -24,19 +24,19 @@ def phi_stats(x, valid, PHI: tl.constexpr):
     else:
         top = tl.zeros([x.shape[0]], tl.float32)
         total = top + 1.0
-    return top, total
+    return top, 1.0 / total
 
 
 @triton.jit
-def phi_tile(x, top, total, valid, PHI: tl.constexpr, HALF: tl.constexpr):
+def phi_tile(x, top, inv, valid, PHI: tl.constexpr, HALF: tl.constexpr):
     """phi of a tile; 0 where not `valid`."""
     if PHI == "softmax":
-        f = tl.exp(x - top[:, None]) / total[:, None]
+        f = tl.exp(x - top[:, None]) * inv[:, None]
     elif PHI == "hedgehog":
         if HALF == 0:
-            f = tl.exp(x - top[:, None]) / total[:, None]
+            f = tl.exp(x - top[:, None]) * inv[:, None]
         else:
-            f = tl.exp(-x - top[:, None]) / total[:, None]
+            f = tl.exp(-x - top[:, None]) * inv[:, None]
     elif PHI == "elu":
         f = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
     else:

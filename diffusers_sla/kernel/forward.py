@@ -11,14 +11,72 @@ from .launch import PRECISION, block_d, forward_config
 
 
 @triton.jit
-def _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION: tl.constexpr):
-    """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [M, N], in log2 units
-    scores = tl.where(visible[None, :], scores, float("-inf"))
+def listed_keys(list_base, step, n, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First keys of a step's blocks, int64: one where a step stays within a block, else one for each n; and the places
+    of its keys behind them. A step takes BLOCK_N keys: several blocks of the list, or a part of one."""
+    if BLOCK_N <= BLKK:
+        STEPS: tl.constexpr = BLKK // BLOCK_N
+        block = tl.load(list_base + step // STEPS)
+        inner = step % STEPS * BLOCK_N + n
+    elif BLOCK_N == 2 * BLKK:  # two scalars, so that the compiler knows each half to be contiguous
+        block = tl.where(n < BLKK, tl.load(list_base + 2 * step), tl.load(list_base + 2 * step + 1))
+        inner = n % BLKK
+    else:
+        block = tl.load(list_base + step * (BLOCK_N // BLKK) + n // BLKK)
+        inner = n % BLKK
+    return block.to(tl.int64) * BLKK, inner
+
+
+@triton.jit
+def load_rows(
+    base, first, inner, stride, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, BLKK: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Tile [BLOCK_N, BLOCK_D] of rows first + inner of `listed_keys`, all of which exist."""
+    if BLOCK_N <= BLKK:
+        ptrs = base + first * stride + (inner[:, None] * stride + cols[None, :])
+    else:
+        ptrs = base + (first * stride)[:, None] + (inner[:, None] * stride + cols[None, :])
+    if BLOCK_D == D:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
+
+
+@triton.jit
+def masked_keys(
+    step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n,
+    BLKK: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Keys of a step that may be ragged, and which of them are there: the first LAST steps take what is left of the
+    list from `rest` on; with KEEP the next ones take the keys up to front_end, and then those from `back` on."""
+    LAST: tl.constexpr = BLKK // BLOCK_N if BLOCK_N < BLKK else 1
+    position = rest + n // BLKK
+    chosen = tl.load(list_base + position, mask=position < listed, other=0)
+    inner = step * BLOCK_N + n if LAST > 1 else n % BLKK
+    keys = k_first + chosen * BLKK + inner
+    visible = (position < listed) & (keys < k_end)
+    if KEEP:
+        kept_step = step - LAST
+        at_front = kept_step < num_front_steps
+        kept = tl.where(at_front, kept_step * BLOCK_N, back + (kept_step - num_front_steps) * BLOCK_N) + n
+        keys = tl.where(kept_step < 0, keys, kept)
+        visible = tl.where(kept_step < 0, visible, kept < tl.where(at_front, front_end, Lk))
+    return keys, visible
+
+
+@triton.jit
+def _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]. row_max: before scaling."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+    if MASKED:
+        scores = tl.where(visible[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
-    p = tl.exp2(scores - finite_max[:, None])
-    rescale = tl.exp2(row_max - finite_max)
+    top = new_max
+    if MASKED:
+        top = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
+    top = top * scale_log2
+    p = tl.exp2(scores * scale_log2 - top[:, None])
+    rescale = tl.exp2(row_max * scale_log2 - top)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     return acc, row_sum, new_max
@@ -32,16 +90,18 @@ def _sparse_fwd_kernel(
     H, Hkv, M_HEADS, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk,
     scale_log2, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr,
+    BLKQ: tl.constexpr, BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, NEGATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr,
     HAS_LINEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one query block of one head.
+    """One program computes BLOCK_M queries of one head: a query block, or a part of one.
 
-    Grid: (num_kept + num_q_blocks, B * H); the first num_kept programs take the kept queries, over every key.
+    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H); the first num_kept programs take the kept queries, over
+    every key.
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
     m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
     already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H, Lq] float32.
+    scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -50,9 +110,9 @@ def _sparse_fwd_kernel(
     h_kv = h // (H // Hkv)
     cols = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
-    block = pid - num_kept
-    is_kept = block < 0
-    row = q_first + block * BLOCK_M
+    is_kept = pid < num_kept
+    block = (pid - num_kept) // (BLKQ // BLOCK_M)
+    row = q_first + (pid - num_kept) * BLOCK_M
     row_end = q_end
     if KEEP_Q:
         if is_kept:
@@ -64,6 +124,9 @@ def _sparse_fwd_kernel(
     inside = row_valid[:, None] & (cols[None, :] < D)
     q_offsets = b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_ql + cols[None, :]
     q = tl.load(q_ptr + q_offsets, mask=inside, other=0.0)
+    x = q
+    if NEGATIVE:
+        q = -q
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
@@ -71,117 +134,122 @@ def _sparse_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    PER_STEP: tl.constexpr = BLOCK_N // BLKK
+    PER_STEP: tl.constexpr = BLOCK_N // BLKK if BLOCK_N > BLKK else 1
+    LAST: tl.constexpr = BLKK // BLOCK_N if BLOCK_N < BLKK else 1
     listed = topk
     if KEEP_Q:
         listed = tl.where(is_kept, 0, topk)
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
-    for start in range(0, listed, PER_STEP):
-        position = start + n // BLKK
-        chosen = tl.load(list_base + position, mask=position < listed, other=0)
-        keys = k_first + chosen * BLKK + n % BLKK
-        visible = (position < listed) & (keys < k_end)
+    # Every listed block but the last is whole: the list ascends. So this loop needs no mask.
+    rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP
+    for step in range(0, rest // PER_STEP * LAST):
+        first, inner = listed_keys(list_base, step, n, BLKK, BLOCK_N)
+        k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+        v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+        visible = n >= 0
+        if HAS_MASK:
+            visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
+        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, HAS_MASK, PRECISION)
+    KEEP: tl.constexpr = KEEP_Q or KEEP_K
+    front_end = k_first
+    back = k_end
+    if KEEP_Q:  # for kept queries the first range is every key
+        front_end = tl.where(is_kept, Lk, k_first)
+        back = tl.where(is_kept, Lk, k_end)
+    num_front_steps = tl.cdiv(front_end, BLOCK_N)
+    num_steps = LAST
+    if KEEP:
+        num_steps += num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
+    for step in range(0, num_steps):
+        keys, visible = masked_keys(
+            step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n, BLKK, BLOCK_N, KEEP
+        )
         if HAS_MASK:
             visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
-        offsets = keys.to(tl.int64)[:, None]
+        at = keys.to(tl.int64)[:, None]
         load = visible[:, None] & (cols[None, :] < D)
-        k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
-        v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
-        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION)
-    if KEEP_Q or KEEP_K:
-        # Keys before the first block, then after the last; for kept queries the first range is every key.
-        front_end = k_first
-        back = k_end
-        if KEEP_Q:
-            front_end = tl.where(is_kept, Lk, k_first)
-            back = tl.where(is_kept, Lk, k_end)
-        num_front_steps = tl.cdiv(front_end, BLOCK_N)
-        for step in range(0, num_front_steps + tl.cdiv(Lk - back, BLOCK_N)):
-            at_front = step < num_front_steps
-            keys = tl.where(at_front, step * BLOCK_N, back + (step - num_front_steps) * BLOCK_N) + n
-            visible = keys < tl.where(at_front, front_end, Lk)
-            if HAS_MASK:
-                visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
-            offsets = keys.to(tl.int64)[:, None]
-            load = visible[:, None] & (cols[None, :] < D)
-            k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
-            v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
-            acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, PRECISION)
+        k = tl.load(k_base + at * stride_kl + cols[None, :], mask=load, other=0.0)
+        v = tl.load(v_base + at * stride_vl + cols[None, :], mask=load, other=0.0)
+        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, True, PRECISION)
 
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    o_offsets = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol + cols[None, :]
+    o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
+    o_offsets = o_base + cols[None, :]
     if SAVE:
         ln2: tl.constexpr = 0.6931471805599453
-        lse = tl.where(empty, float("inf"), (row_max + tl.log2(row_sum)) * ln2)
+        lse = tl.where(empty, float("inf"), (row_max * scale_log2 + tl.log2(row_sum)) * ln2)
         tl.store(lse_ptr + bh * Lq + rows, lse, mask=row_valid)
-    if SAVE or HAS_A:
+    WHOLE: tl.constexpr = BLOCK_R == BLOCK_D  # a whole [D, D] matrix at once, or row by row of tiles
+    if SAVE or (HAS_A and not WHOLE):
         tl.store(o_s_ptr + o_offsets, acc.to(o_s_ptr.dtype.element_ty), mask=inside)
     o = acc
     if not is_kept:
         r = tl.arange(0, BLOCK_R)
         if HAS_A:
-            tl.debug_barrier()  # the tiles below are read back from what this program just stored
             o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for first in range(0, D, BLOCK_R):
+            o_s = acc.to(o_ptr.dtype.element_ty)
+            if not WHOLE:
+                tl.debug_barrier()  # the tiles below are read back from what this program just stored
+            for first in tl.static_range(0, D, BLOCK_R):
                 part = first + r
-                o_s = tl.load(
-                    o_s_ptr + b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol + part[None, :],
-                    mask=row_valid[:, None] & (part[None, :] < D), other=0.0,
-                )  # fmt: skip
+                if not WHOLE:
+                    o_s = tl.load(o_s_ptr + o_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                 a = tl.load(a_ptr + cols[None, :] * D + part[:, None], mask=(cols[None, :] < D) & (part[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
                 o = tl.dot(o_s, a.to(o_s.dtype), o, input_precision=PRECISION)
         if HAS_LINEAR:
-            x = q
             f_base = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
             if PHI == "hedgehog":
                 f_base = fq_ptr + b * stride_fb + h * stride_fh + rows.to(tl.int64)[:, None] * stride_fl
                 x = tl.load(f_base + cols[None, :], mask=inside, other=0.0)
-            top, total = phi_stats(x.to(tl.float32), cols[None, :] < D, PHI)
+            x_part = x.to(tl.float32)
+            top, inv = phi_stats(x_part, cols[None, :] < D, PHI)
             m_head = b * M_HEADS + h // (H // M_HEADS)
             m_at = m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, block)
             y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             den = tl.zeros([BLOCK_M], tl.float32)
             for half in tl.static_range(NUM_HALVES):
-                for first in range(0, D, BLOCK_R):
+                for first in tl.static_range(0, D, BLOCK_R):
                     part = first + r
-                    x_part = tl.load(f_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)
-                    f = phi_tile(x_part.to(tl.float32), top, total, part[None, :] < D, PHI, half)
+                    if not WHOLE:
+                        x_part = tl.load(f_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
+                    f = phi_tile(x_part, top, inv, part[None, :] < D, PHI, half)
                     feature = (m_at * NUM_HALVES + half) * D + part
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
                     m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                     den += tl.sum(f * z[None, :], 1)
                     y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
-            o += y / (den + eps)[:, None]
+            o += y * (1.0 / (den + eps))[:, None]
         if HAS_BIAS:
             o += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q, keep_k, feature_map, scale, eps, save):  # fmt: skip  # noqa: E501
-    """Launch the forward. Returns o in q's order of strides; o_s when `save` or there is an A; lse when `save`."""
+    """Launch the forward. Returns o in q's order of strides; o_s and lse when `save`, else None."""
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
-    o = torch.empty_like(q)
-    o_s = torch.empty_like(q) if save or a is not None else None
-    lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32) if save else None
-    num_front, num_back = triton.cdiv(keep_q[0], blkq), triton.cdiv(keep_q[1], blkq)
-    num_kept = num_front + num_back
     config = forward_config(q, blkq, blkk)
+    BLOCK_D = block_d(D)
+    o = torch.empty_like(q)
+    o_s = torch.empty_like(q) if save or (a is not None and config.block_r < BLOCK_D) else None
+    lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32) if save else None
+    BLOCK_M = config.block_m
+    num_front, num_back = triton.cdiv(keep_q[0], BLOCK_M), triton.cdiv(keep_q[1], BLOCK_M)
+    num_kept = num_front + num_back
     fq = q if fq is None else fq
     linear = m is not None
-    _sparse_fwd_kernel[(num_kept + num_q_blocks, B * H)](
+    _sparse_fwd_kernel[(num_kept + num_q_blocks * (blkq // BLOCK_M), B * H)](
         q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
         H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
         Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks, topk,
-        scale * math.log2(math.e), eps,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_N=max(config.block_n, blkk),
-        BLOCK_R=min(config.block_r, block_d(D)),
-        BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map],
+        max(abs(scale) * math.log2(math.e), 1e-30), eps,  # never 0: it multiplies -inf
+        D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, BLOCK_D),
+        BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
         HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return o, o_s, lse
+    return o, o_s if save else None, lse

@@ -1,4 +1,8 @@
-"""Tile shapes, warps and pipeline stages: what changes only the speed. Never saved in a state file."""
+"""Tile shapes, warps and pipeline stages: what changes only the speed. Never saved in a state file.
+
+The numbers for Hopper in half precision are measured (benchmarks/tuning.md); elsewhere the same shapes shrink until
+they fit the shared memory of the GPU.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -14,62 +18,101 @@ def block_d(D):
 # How float32 matrices are multiplied: three tensor-core products that keep float32's accuracy where there are such.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
+# Shared memory of one program in bytes, by compute capability; what is not listed gets the smallest.
+SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+SMALL_SHARED = 101376
+ROCM_SHARED = 65536
+
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps, num_stages: as in Triton. block_n: columns per step of the inner loop. block_r, block_c: tile of a
-    [D, D] matrix. rows: rows per program. programs: about how many programs share the work."""
+    """num_warps, num_stages: as in Triton. block_m, block_n: rows and columns of a tile of scores. block_r, block_c:
+    tile of a [D, D] matrix. rows: rows per program or step. programs: about how many programs share the work."""
 
     num_warps: int = 4
     num_stages: int = 2
+    block_m: int = 64
     block_n: int = 64
     block_r: int = 64
     block_c: int = 64
-    rows: int = 16
-    programs: int = 512
+    rows: int = 64
+    programs: int = 264
 
 
 @functools.lru_cache(maxsize=None)
-def _capability(index):
-    return torch.cuda.get_device_capability(index)
+def shared_memory(device):
+    """Bytes of shared memory a program may use. The interpreter has as much as the largest."""
+    if device.type != "cuda":
+        return max(SHARED.values())
+    if torch.version.hip:
+        return ROCM_SHARED
+    return SHARED.get(torch.cuda.get_device_capability(device), SMALL_SHARED)
 
 
-def _is_hopper(x):
-    return x.is_cuda and torch.version.hip is None and _capability(x.device.index) == (9, 0)
+def _stages(shared, fixed, per_stage, most):
+    return max(1, min(most, (shared - fixed) // per_stage))
 
 
-def _wide(x):
-    """Twice as many bytes per row as 128 half-precision numbers: tiles must be halved to fit shared memory."""
-    return block_d(x.shape[-1]) * x.element_size() > 256
+def _row_bytes(x):
+    return block_d(x.shape[-1]) * x.element_size()
 
 
-def prepare_config(q, feature_map):
-    BLOCK_D = block_d(q.shape[-1])
-    block_c = min(BLOCK_D, 128 if BLOCK_D <= 128 else 64)
-    return Launch(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=2, block_c=block_c)
+def _block_r(x):
+    """A whole [D, D] matrix where a tile of it in x's dtype takes no more than 32 KB."""
+    BLOCK_D = block_d(x.shape[-1])
+    return BLOCK_D if BLOCK_D * _row_bytes(x) <= 32768 else max(16, 16384 // _row_bytes(x))
+
+
+def prepare_config(q):
+    wide = _row_bytes(q) > 256
+    small = shared_memory(q.device) <= SMALL_SHARED
+    return Launch(
+        num_warps=4 if block_d(q.shape[-1]) < 128 else 8, num_stages=1 if wide else 2 if small else 3,
+        block_c=64 if wide else 128, rows=64 if wide else 256,
+    )  # fmt: skip
 
 
 def select_config(q_mean):
-    return Launch(num_warps=4, num_stages=1, rows=16, block_n=64 if q_mean.shape[-1] > 128 else 128)
+    return Launch(num_warps=4, num_stages=1, rows=16, block_c=64, block_n=512, programs=1024)
 
 
 def forward_config(q, blkq, blkk):
-    if _wide(q):
-        return Launch(num_warps=8 if blkq >= 128 else 4, num_stages=1, block_n=max(32, min(blkk, 64)), block_r=32)
-    return Launch(num_warps=8 if blkq >= 128 else 4, num_stages=2, block_n=max(64, blkk), block_r=64)
+    row, shared = _row_bytes(q), shared_memory(q.device)
+    block_m = min(blkq, 128 if row <= 256 else 64)
+    block_n = max(64, min(blkk, 128)) if row <= 256 else 32
+    if block_m == 128 and block_n == 64 and shared > 2 * SMALL_SHARED:
+        block_n = 128
+    while block_m * row + 2 * block_n * row > shared and block_n > 16:
+        block_n //= 2
+    stages = _stages(shared, block_m * row, 2 * block_n * row, 3)
+    return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n, block_r=_block_r(q))
 
 
 def dq_config(q, blkq, blkk):
-    if _wide(q):
-        return Launch(num_warps=8, num_stages=1, block_n=max(32, min(blkk, 64)))
-    return Launch(num_warps=8 if blkq >= 128 else 4, num_stages=2, block_n=max(64, blkk))
+    row, shared = _row_bytes(q), shared_memory(q.device)
+    block_m = min(blkq, 128 if row <= 256 else 32)
+    block_n = 64 if row <= 256 else 32
+    while 2 * (block_m + block_n) * row > shared and block_n > 16:
+        block_n //= 2
+    stages = _stages(shared, 2 * block_m * row, 2 * block_n * row, 3 if block_m >= 128 else 2)
+    return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n)
 
 
 def dkdv_config(q, blkq, blkk):
-    if _wide(q):
-        return Launch(num_warps=8, num_stages=1, block_n=max(32, min(blkq, 64)))
-    return Launch(num_warps=8 if blkk >= 128 else 4, num_stages=2, block_n=max(64, blkq))
+    row, shared = _row_bytes(q), shared_memory(q.device)
+    block_n = min(blkk, 128 if row <= 256 else 32)
+    block_m = 64 if row <= 256 else 32
+    while 2 * (block_m + block_n) * row > shared and block_m > 16:
+        block_m //= 2
+    stages = _stages(shared, 2 * block_n * row, 2 * block_m * row, 2)
+    return Launch(8 if block_n >= 128 else 4, stages, block_m, block_n)
 
 
-def linear_config(q):
-    return Launch(num_warps=8 if _wide(q) else 4, num_stages=1, block_r=32 if _wide(q) else 64)
+def linear_q_config(q):
+    wide = _row_bytes(q) > 256
+    return Launch(num_warps=8, num_stages=1 if wide else 2, rows=32 if wide else 64, block_r=_block_r(q))
+
+
+def linear_k_config(k):
+    wide = _row_bytes(k) > 256
+    return Launch(num_warps=8, num_stages=1 if wide else 2, rows=32 if wide else 64, block_r=_block_r(k), programs=528)

@@ -11,192 +11,227 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
-from .launch import PRECISION, block_d, linear_config, prepare_config
+from .launch import PRECISION, block_d, linear_k_config, linear_q_config
+from .selection import chunk_size
 
 EPS = 1e-5
 
 
-@triton.jit(do_not_specialize=["Lq", "q_first", "q_end", "eps"])
-def _linear_bwd_q_kernel(
-    x_ptr, do_ptr, m_ptr, z_ptr, inv_ptr, dden_ptr, dx_ptr,
-    stride_xb, stride_xh, stride_xl, stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
-    H, M_HEADS, M_BLOCKS, Lq, q_first, q_end, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
-    PHI: tl.constexpr, NUM_HALVES: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["num_chunks", "factor"])
+def _project_sums_kernel(
+    sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
+    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    TILE: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of phi's input x for one query block; keeps 1 / denominator and its gradient for dM.
+    """total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or factor * total @ W; z likewise.
 
-    Grid: (num_q_blocks, B * H). m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D], z: [.., NUM_HALVES * D] float32.
-    inv, dden: [B, H, Lq] float32. dx: strides g.
+    Grid: (cdiv(F, BLOCK_F), heads). sums: [heads, num_chunks, F, D], z: [heads, num_chunks, F], w: [D, D].
     """
-    block = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // H
-    h = bh % H
-    cols = tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
-    rows = q_first + block * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_valid = rows < q_end
-    inside = row_valid[:, None] & (cols[None, :] < D)
-    at = rows.to(tl.int64)[:, None]
-    x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
-    x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
-    top, total = phi_stats(x, cols[None, :] < D, PHI)
-    m_head = b * M_HEADS + h // (H // M_HEADS)
-    m_at = m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, block)
-
-    y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    den = tl.zeros([BLOCK_M], tl.float32)
-    for half in tl.static_range(NUM_HALVES):
-        for first in range(0, D, BLOCK_R):
-            part = first + r
-            x_part = tl.load(x_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)
-            f = phi_tile(x_part.to(tl.float32), top, total, part[None, :] < D, PHI, half)
-            feature = (m_at * NUM_HALVES + half) * D + part
-            z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
-            m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-            den += tl.sum(f * z[None, :], 1)
-            y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
-    inv = 1.0 / (den + eps)
-    g = tl.sum(y * do.to(tl.float32), 1) * inv
-    dden = -g * inv
-    t = g * (1.0 - den * inv)  # sum of phi * dphi over the row
-    tl.store(inv_ptr + bh * Lq + rows, inv, mask=row_valid)
-    tl.store(dden_ptr + bh * Lq + rows, dden, mask=row_valid)
-
-    dy = (do.to(tl.float32) * inv[:, None]).to(do.dtype)
-    for first in range(0, D, BLOCK_R):
-        part = first + r
-        part_inside = row_valid[:, None] & (part[None, :] < D)
-        x_part = tl.load(x_base + part[None, :], mask=part_inside, other=0.0).to(tl.float32)
-        dx = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-        for half in tl.static_range(NUM_HALVES):
-            f = phi_tile(x_part, top, total, part[None, :] < D, PHI, half)
-            feature = (m_at * NUM_HALVES + half) * D + part
-            z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
-            m = tl.load(m_ptr + feature[None, :] * D + cols[:, None], mask=(part[None, :] < D) & (cols[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
-            df = tl.dot(dy, m, input_precision=PRECISION) + dden[:, None] * z[None, :]
-            dx += phi_tile_backward(x_part, f, df, t, PHI, half)
-        dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=part_inside)
+    head = tl.program_id(1).to(tl.int64)
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    d = tl.arange(0, BLOCK_D)
+    t = tl.arange(0, TILE)
+    inside = (f[:, None] < F) & (d[None, :] < D)
+    total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
+    z = tl.zeros([BLOCK_F], tl.float32)
+    for start in range(0, num_chunks, TILE):
+        at = (head * num_chunks + start + t) * F
+        there = start + t < num_chunks
+        rows = at[:, None, None] + f[None, :, None]
+        tile = tl.load(sums_ptr + rows * D + d[None, None, :], mask=there[:, None, None] & inside[None, :, :], other=0.0)  # fmt: skip  # noqa: E501
+        total += tl.sum(tile, 0)
+        z += tl.sum(tl.load(z_ptr + at[:, None] + f[None, :], mask=there[:, None] & (f[None, :] < F), other=0.0), 0)
+    tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
+    tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
+    for first in range(0, D, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        if TRANSPOSE:
+            w_ptrs = w_ptr + e[None, :] * D + d[:, None]
+        else:
+            w_ptrs = w_ptr + d[:, None] * D + e[None, :]
+        w = tl.load(w_ptrs, mask=(e[None, :] < D) & (d[:, None] < D), other=0.0).to(tl.float32)
+        product = tl.dot(total, w, input_precision=PRECISION) * factor
+        ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
+        tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
 
 
-@triton.jit(do_not_specialize=["Lq", "q_first", "q_end", "num_q_blocks", "blocks_per_chunk"])
-def _linear_bwd_m_kernel(
-    x_ptr, do_ptr, inv_ptr, dden_ptr, dm_ptr, dz_ptr,
-    stride_xb, stride_xh, stride_xl, stride_db, stride_dh, stride_dl,
-    H, Lq, q_first, q_end, num_q_blocks, blocks_per_chunk,
+@triton.jit(do_not_specialize=["q_first", "q_end", "num_tiles", "tiles_per_chunk", "eps"])
+def _linear_bwd_q_kernel(
+    x_ptr, do_ptr, m_ptr, z_ptr, dx_ptr, dm_ptr, dz_ptr, dbias_ptr,
+    stride_xb, stride_xh, stride_xl, stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
+    H, M_HEADS, M_BLOCKS, q_first, q_end, num_tiles, tiles_per_chunk, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dM = phi(q)^T (dO / den) and dz = phi(q)^T dden, summed over a chunk of query blocks.
+    """A chunk of tiles of queries: the gradient of phi's input x, and the chunk's share of dM, dz and the bias's.
 
-    Grid: (num_chunks, B * H, NUM_HALVES * cdiv(D, BLOCK_R)).
-    dm: [B, H, num_chunks, NUM_HALVES * D, D], dz: [B, H, num_chunks, NUM_HALVES * D] float32.
+    Grid: (num_chunks, B * H, cdiv(D, BLOCK_R)); the last axis takes BLOCK_R features each.
+    m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D], z: [.., NUM_HALVES * D] float32; M_BLOCKS is 1 or num_chunks.
+    dx: strides g. dm: [B, H, num_chunks, NUM_HALVES * D, D]; dz, dbias: [B, H, num_chunks, NUM_HALVES * D or D]
+    float32.
     """
     chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b = bh // H
     h = bh % H
-    NUM_R: tl.constexpr = (D + BLOCK_R - 1) // BLOCK_R
-    half = tl.program_id(2) // NUM_R
-    part = (tl.program_id(2) % NUM_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    dz = tl.zeros([BLOCK_R], tl.float32)
-    for block in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, num_q_blocks)):
-        rows = q_first + block * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    own = tl.program_id(2) * BLOCK_R + r
+    own_valid = own < D
+    WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
+    ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then M is one tile, loaded once
+    m_head = b * M_HEADS + h // (H // M_HEADS)
+    m_at = (m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, chunk)) * NUM_HALVES
+    square = (own_valid[:, None]) & (cols[None, :] < D)
+    m = tl.load(m_ptr + (m_at * D + own)[:, None] * D + cols[None, :], mask=square, other=0.0)
+    z = tl.load(z_ptr + m_at * D + own, mask=own_valid, other=0.0)
+    dm_0 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dz_0 = tl.zeros([BLOCK_R], tl.float32)
+    if NUM_HALVES == 2:
+        dm_1 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        dz_1 = tl.zeros([BLOCK_R], tl.float32)
+    dbias = tl.zeros([BLOCK_D], tl.float32)
+    for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, num_tiles)):
+        rows = q_first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_valid = rows < q_end
         inside = row_valid[:, None] & (cols[None, :] < D)
         at = rows.to(tl.int64)[:, None]
         x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
         x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        top, total = phi_stats(x, cols[None, :] < D, PHI)
-        x_part = tl.load(x_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)
-        x_part = x_part.to(tl.float32)
-        part_valid = row_valid[:, None] & (part[None, :] < D)
-        f = phi_tile(x_part, top, total, part_valid, PHI, 0)
-        if NUM_HALVES == 2:
-            f = tl.where(half == 0, f, phi_tile(x_part, top, total, part_valid, PHI, 1))
-        inv = tl.load(inv_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
-        dden = tl.load(dden_ptr + bh * Lq + rows, mask=row_valid, other=0.0)
         do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
+        top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
+        y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        den = tl.zeros([BLOCK_M], tl.float32)
+        for half in tl.static_range(NUM_HALVES):
+            for first in tl.static_range(0, D, BLOCK_R):
+                part = first + r
+                x_part = x
+                if not WHOLE:
+                    x_part = tl.load(x_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
+                f = phi_tile(x_part, top, inv_sum, part[None, :] < D, PHI, half)
+                if not ONE:
+                    feature = (m_at + half) * D + part
+                    z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
+                    m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                den += tl.sum(f * z[None, :], 1)
+                y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
+        inv = 1.0 / (den + eps)
+        g = tl.sum(y * do.to(tl.float32), 1) * inv
+        dden = tl.where(row_valid, -g * inv, 0.0)
+        t = g * (1.0 - den * inv)  # sum of phi * dphi over the row
         dy = (do.to(tl.float32) * inv[:, None]).to(do.dtype)
-        acc = tl.dot(tl.trans(f).to(do.dtype), dy, acc, input_precision=PRECISION)
-        dz += tl.sum(f * dden[:, None], 0)
-    feature = ((bh * tl.num_programs(0) + chunk) * NUM_HALVES + half) * D + part
-    stored = (part[:, None] < D) & (cols[None, :] < D)
-    tl.store(dm_ptr + feature[:, None] * D + cols[None, :], acc.to(dm_ptr.dtype.element_ty), mask=stored)
-    tl.store(dz_ptr + feature, dz, mask=part < D)
+
+        x_own = x
+        if not WHOLE:
+            x_own = tl.load(x_base + own[None, :], mask=row_valid[:, None] & own_valid[None, :], other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
+        dx = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for half in tl.static_range(NUM_HALVES):
+            f = phi_tile(x_own, top, inv_sum, own_valid[None, :], PHI, half)
+            if not ONE:
+                feature = (m_at + half) * D + own
+                z = tl.load(z_ptr + feature, mask=own_valid, other=0.0)
+                m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=square, other=0.0)
+            df = tl.dot(dy, tl.trans(m), input_precision=PRECISION) + dden[:, None] * z[None, :]
+            dx += phi_tile_backward(x_own, f, df, t, PHI, half)
+            ft = tl.trans(f.to(do.dtype))
+            dz = tl.sum(f * dden[:, None], 0)
+            if half == 0:
+                dm_0 = tl.dot(ft, dy, dm_0, input_precision=PRECISION)
+                dz_0 += dz
+            else:
+                dm_1 = tl.dot(ft, dy, dm_1, input_precision=PRECISION)
+                dz_1 += dz
+        dbias += tl.sum(do.to(tl.float32), 0)
+        dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + own[None, :]
+        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & own_valid[None, :])
+    out = bh * tl.num_programs(0) + chunk
+    tl.store(dbias_ptr + out * D + cols, dbias, mask=(cols < D) & (tl.program_id(2) == 0))
+    feature = out * NUM_HALVES * D + own
+    tl.store(dm_ptr + feature[:, None] * D + cols[None, :], dm_0.to(dm_ptr.dtype.element_ty), mask=square)
+    tl.store(dz_ptr + feature, dz_0, mask=own_valid)
+    if NUM_HALVES == 2:
+        feature += D
+        tl.store(dm_ptr + feature[:, None] * D + cols[None, :], dm_1.to(dm_ptr.dtype.element_ty), mask=square)
+        tl.store(dz_ptr + feature, dz_1, mask=own_valid)
 
 
-@triton.jit(do_not_specialize=["Lk", "k_first", "k_end"])
+@triton.jit(do_not_specialize=["Lk", "k_first", "k_end", "num_tiles", "tiles_per_chunk"])
 def _linear_bwd_k_kernel(
     x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
     stride_xb, stride_xh, stride_xl, stride_vb, stride_vh, stride_vl,
     stride_gb, stride_gh, stride_gl, stride_wb, stride_wh, stride_wl,
-    Hkv, H_BLOCKS, Lk, k_first, k_end,
+    Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, tiles_per_chunk,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of phi's input x and of v for one key block, from dh = norm dH and dz = norm dz.
+    """Gradients of phi's input x and of v for a chunk of tiles of keys, from dh = norm dH and dz = norm dz.
 
-    Grid: (num_k_blocks, B * Hkv). dh: [B, Hkv, H_BLOCKS, NUM_HALVES * D, D], dz: [.., NUM_HALVES * D] float32;
-    H_BLOCKS is 1 or num_k_blocks. dx: strides g, dv: strides w.
+    Grid: (num_chunks, B * Hkv). dh: [B, Hkv, H_BLOCKS, NUM_HALVES * D, D], dz: [.., NUM_HALVES * D] float32;
+    H_BLOCKS is 1 or num_chunks. dx: strides g, dv: strides w.
     """
-    block = tl.program_id(0)
+    chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b = bh // Hkv
     h = bh % Hkv
     cols = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    rows = k_first + block * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_valid = rows < k_end
-    visible = row_valid
-    if HAS_MASK:
-        visible = visible & (tl.load(mask_ptr + b * Lk + rows, mask=visible, other=0) != 0)
-    inside = visible[:, None] & (cols[None, :] < D)
-    at = rows.to(tl.int64)[:, None]
-    x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
-    x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + b * stride_vb + h * stride_vh + at * stride_vl + cols[None, :], mask=inside, other=0.0)
-    top, total = phi_stats(x, cols[None, :] < D, PHI)
-    h_at = bh * H_BLOCKS + tl.where(H_BLOCKS == 1, 0, block)
+    WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
+    ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then dH is one tile, loaded once
+    h_at = (bh * H_BLOCKS + tl.where(H_BLOCKS == 1, 0, chunk)) * NUM_HALVES
+    dh = tl.load(dh_ptr + (h_at * D + r)[:, None] * D + cols[None, :], mask=(r[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+    dz = tl.load(dz_ptr + h_at * D + r, mask=r < D, other=0.0)
+    for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, num_tiles)):
+        rows = k_first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_valid = rows < k_end
+        visible = row_valid
+        if HAS_MASK:
+            visible = visible & (tl.load(mask_ptr + b * Lk + rows, mask=visible, other=0) != 0)
+        inside = visible[:, None] & (cols[None, :] < D)
+        at = rows.to(tl.int64)[:, None]
+        x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
+        x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + b * stride_vb + h * stride_vh + at * stride_vl + cols[None, :], mask=inside, other=0.0)
+        top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
 
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    t = tl.zeros([BLOCK_N], tl.float32)
-    for half in tl.static_range(NUM_HALVES):
-        for first in range(0, D, BLOCK_R):
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        t = tl.zeros([BLOCK_N], tl.float32)
+        for half in tl.static_range(NUM_HALVES):
+            for first in tl.static_range(0, D, BLOCK_R):
+                part = first + r
+                part_valid = visible[:, None] & (part[None, :] < D)
+                x_part = x
+                if not WHOLE:
+                    x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
+                f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
+                if not ONE:
+                    feature = (h_at + half) * D + part
+                    dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
+                    dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                dv = tl.dot(f.to(dh.dtype), dh, dv, input_precision=PRECISION)
+                t += tl.sum(f * dz[None, :], 1)
+        t += tl.sum(v.to(tl.float32) * dv, 1)
+        stored = row_valid[:, None] & (cols[None, :] < D)
+        dv_ptrs = dv_ptr + b * stride_wb + h * stride_wh + at * stride_wl + cols[None, :]
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)
+
+        for first in tl.static_range(0, D, BLOCK_R):
             part = first + r
             part_valid = visible[:, None] & (part[None, :] < D)
-            x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
-            f = phi_tile(x_part, top, total, part_valid, PHI, half)
-            feature = (h_at * NUM_HALVES + half) * D + part
-            dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
-            dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-            dv = tl.dot(f.to(dh.dtype), dh, dv, input_precision=PRECISION)
-            t += tl.sum(f * dz[None, :], 1)
-    t += tl.sum(v.to(tl.float32) * dv, 1)
-    stored = row_valid[:, None] & (cols[None, :] < D)
-    dv_ptrs = dv_ptr + b * stride_wb + h * stride_wh + at * stride_wl + cols[None, :]
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)
-
-    for first in range(0, D, BLOCK_R):
-        part = first + r
-        part_valid = visible[:, None] & (part[None, :] < D)
-        x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
-        dx = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-        for half in tl.static_range(NUM_HALVES):
-            f = phi_tile(x_part, top, total, part_valid, PHI, half)
-            feature = (h_at * NUM_HALVES + half) * D + part
-            dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
-            dh = tl.load(dh_ptr + feature[None, :] * D + cols[:, None], mask=(part[None, :] < D) & (cols[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
-            df = tl.dot(v, dh, input_precision=PRECISION) + dz[None, :]
-            dx += phi_tile_backward(x_part, f, df, t, PHI, half)
-        dx = tl.where(visible[:, None], dx, 0.0)
-        dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
-        tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & (part[None, :] < D))
+            x_part = x
+            if not WHOLE:
+                x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
+            dx = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+            for half in tl.static_range(NUM_HALVES):
+                f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
+                if not ONE:
+                    feature = (h_at + half) * D + part
+                    dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
+                    dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
+                dx += phi_tile_backward(x_part, f, df, t, PHI, half)
+            dx = tl.where(visible[:, None], dx, 0.0)
+            dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & (part[None, :] < D))
 
 
 def norm_of(q, k):
@@ -209,16 +244,31 @@ def marginal_rows(block_map, num_kv_heads, dtype):
     return (block_map == 0).to(dtype).view(B, num_kv_heads, H // num_kv_heads * num_q_blocks, num_k_blocks)
 
 
+def _project_sums(sums, z, weight, dtype, transpose, factor):
+    """Launch the sum over chunks. sums: [B, heads, n, F, D], z: [B, heads, n, F]. Returns sum [B, heads, F, D] and z
+    [B, heads, 1, F] float32, and the product with the weight [B, heads, 1, F, D] in `dtype`."""
+    B, heads, num_chunks, F, D = sums.shape
+    new = dict(device=sums.device, dtype=torch.float32)
+    total, z_total = torch.empty((B, heads, F, D), **new), torch.empty((B, heads, 1, F), **new)
+    product = torch.empty((B, heads, 1, F, D), device=sums.device, dtype=dtype)
+    _project_sums_kernel[(triton.cdiv(F, 16), B * heads)](
+        sums, z, weight, total, product, z_total, num_chunks, factor,
+        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=4, TRANSPOSE=transpose, PRECISION=PRECISION,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return total, product, z_total
+
+
 def gather_sums(sums, z, block_map, weight, dtype):
     """What the forward kernel needs: m [B, heads, blocks, F, D] in `dtype` and z [B, heads, blocks, F] float32.
 
     sums, z: from `prepare`. block_map: None for "all". Also returns h = sums over all blocks [B, Hkv, F, D] for "all".
     """
-    B, Hkv, _, F, D = sums.shape
+    weight = weight.contiguous()
     if block_map is None:
-        h = sums.sum(2)
-        m = (h @ weight.float().t()).to(dtype)
-        return m.unsqueeze(2), z.sum(2, keepdim=True), h
+        h, m, z = _project_sums(sums, z, weight, dtype, True, 1.0)
+        return m, z, h
+    B, Hkv, _, F, D = sums.shape
     H, num_q_blocks, num_k_blocks = block_map.shape[1:]
     rows = marginal_rows(block_map, Hkv, dtype)
     projected = sums @ weight.to(dtype).t()
@@ -228,50 +278,45 @@ def gather_sums(sums, z, block_map, weight, dtype):
 
 
 def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
-    """Launch the backward of phi(q) M / den. Fills dx in the query blocks; returns dM [B, H, n, F, D] and dz, float32.
+    """Launch the backward of phi(q) M / den. Fills dx in the query blocks.
 
-    n is 1, or num_q_blocks when `per_block` (dM in x's dtype then).
+    Returns dM [B, H, n, F, D] and dz [B, H, n, F] of n chunks of queries, or of the query blocks when `per_block` (dM
+    in x's dtype then), and the gradient of the bias [D]; float32.
     """
     B, H, Lq, D = x.shape
-    num_q_blocks = triton.cdiv(Lq - sum(keep_q), blkq)
-    config = linear_config(x)
+    config = linear_q_config(x)
     halves = HALVES[feature_map]
-    inv, dden = torch.empty((2, B, H, Lq), device=x.device, dtype=torch.float32)
-    tiles = dict(
-        D=D, BLOCK_D=block_d(D), BLOCK_M=blkq, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=halves, PRECISION=PRECISION, num_warps=config.num_warps, num_stages=config.num_stages,
+    block_m = min(blkq, config.rows) if per_block else config.rows
+    num_tiles = triton.cdiv(Lq - sum(keep_q), block_m)
+    tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
+    num_chunks = triton.cdiv(num_tiles, tiles_per_chunk)
+    new = dict(device=x.device, dtype=torch.float32)
+    dm = torch.empty((B, H, num_chunks, halves * D, D), device=x.device, dtype=x.dtype if per_block else torch.float32)
+    dz = torch.empty((B, H, num_chunks, halves * D), **new)
+    dbias = torch.empty((B * H * num_chunks, D), **new)
+    BLOCK_R = min(config.block_r // halves, block_d(D))
+    _linear_bwd_q_kernel[(num_chunks, B * H, triton.cdiv(D, BLOCK_R))](
+        x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
+        H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
+        D=D, BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_R=BLOCK_R, PHI=feature_map, NUM_HALVES=halves,
+        PRECISION=PRECISION, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    strides = (*x.stride()[:3], *do.stride()[:3])
-    _linear_bwd_q_kernel[(num_q_blocks, B * H)](
-        x, do, m, z, inv, dden, dx, *strides, *dx.stride()[:3],
-        H, m.shape[1], m.shape[2], Lq, keep_q[0], Lq - keep_q[1], eps, **tiles,
-    )  # fmt: skip
-    num_chunks = num_q_blocks if per_block else max(1, min(num_q_blocks, prepare_config(x, feature_map).programs // (B * H)))  # fmt: skip  # noqa: E501
-    blocks_per_chunk = triton.cdiv(num_q_blocks, num_chunks)
-    num_chunks = triton.cdiv(num_q_blocks, blocks_per_chunk)
-    dtype = x.dtype if per_block else torch.float32
-    dm = torch.empty((B, H, num_chunks, halves * D, D), device=x.device, dtype=dtype)
-    dz = torch.empty((B, H, num_chunks, halves * D), device=x.device, dtype=torch.float32)
-    _linear_bwd_m_kernel[(num_chunks, B * H, halves * triton.cdiv(D, tiles["BLOCK_R"]))](
-        x, do, inv, dden, dm, dz, *strides, H, Lq, keep_q[0], Lq - keep_q[1], num_q_blocks, blocks_per_chunk, **tiles,
-    )  # fmt: skip
-    if per_block:
-        return dm, dz
-    return dm.sum(2, keepdim=True), dz.sum(2, keepdim=True)
+    return dm, dz, dbias.sum(0)
 
 
-def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm):
-    """From dM, dz per query head back to norm dH, norm dz per key head (and key block), and dW.
+def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm, dtype):
+    """From dM, dz of chunks or query blocks back to norm dH (in `dtype`), norm dz per key head (and key block), and dW.
 
     h: sums over all blocks for "all"; sums: per key block for "marginal".
     """
-    B, H, _, F, D = dm.shape
+    B, H, n, F, D = dm.shape
     Hkv = num_kv_heads
-    if block_map is None:
-        dm = dm.view(B, Hkv, H // Hkv, F, D).sum(2)
-        dz = dz.view(B, Hkv, H // Hkv, F).sum(2)
-        dweight = torch.einsum("bhfe,bhfd->ed", dm, h)
-        return (dm @ weight.float() * norm).unsqueeze(2), (dz * norm).unsqueeze(2), dweight
+    weight = weight.contiguous()
+    if block_map is None:  # the heads of a group lie side by side: their chunks are chunks of the key head
+        dm, dh, dz = _project_sums(
+            dm.view(B, Hkv, H // Hkv * n, F, D), dz.view(B, Hkv, H // Hkv * n, F), weight, dtype, False, norm
+        )
+        return dh, dz, dm.flatten(0, 2).t() @ h.flatten(0, 2)
     num_k_blocks = block_map.shape[-1]
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
     dm = (columns @ dm.view(B, Hkv, -1, F * D)).view(B, Hkv, num_k_blocks, F, D)
@@ -283,12 +328,17 @@ def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm
 def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
     """Launch the backward of the sums over keys. Fills dx and dv in the key blocks."""
     B, Hkv, Lk, D = x.shape
-    config = linear_config(x)
-    _linear_bwd_k_kernel[(triton.cdiv(Lk - sum(keep_k), blkk), B * Hkv)](
-        x, v, key_mask, dh.to(x.dtype), dz, dx, dv,
+    config = linear_k_config(x)
+    per_block = dh.shape[2] > 1
+    block_n = min(blkk, config.rows) if per_block else config.rows
+    num_tiles = triton.cdiv(Lk - sum(keep_k), block_n)
+    tiles_per_chunk = blkk // block_n if per_block else chunk_size(num_tiles, config.programs, B * Hkv)
+    num_chunks = triton.cdiv(num_tiles, tiles_per_chunk)
+    _linear_bwd_k_kernel[(num_chunks, B * Hkv)](
+        x, v, key_mask, dh, dz, dx, dv,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
-        Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1],
-        D=D, BLOCK_D=block_d(D), BLOCK_N=blkk, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
+        Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, tiles_per_chunk,
+        D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
         NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

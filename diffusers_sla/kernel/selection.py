@@ -14,17 +14,20 @@ from .launch import PRECISION, block_d, prepare_config, select_config
 
 @triton.jit
 def _pool_queries(
-    pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql, H, q_first, q_end, num_q_blocks,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLKQ: tl.constexpr,
+    pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql, H, q_first, q_end, num_q_blocks, num_q_groups,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLKQ: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Means of GROUP query blocks at once."""
     cols = tl.arange(0, BLOCK_D)
-    block = pid % num_q_blocks
-    bh = (pid // num_q_blocks).to(tl.int64)
-    rows = q_first + block * BLKQ + tl.arange(0, BLKQ)
+    bh = (pid // num_q_groups).to(tl.int64)
+    blocks = pid % num_q_groups * GROUP + tl.arange(0, GROUP)
+    rows = q_first + pid % num_q_groups * (GROUP * BLKQ) + tl.arange(0, GROUP * BLKQ)
     ptrs = q_ptr + (bh // H) * stride_qb + (bh % H) * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
     x = tl.load(ptrs + cols[None, :], mask=(rows[:, None] < q_end) & (cols[None, :] < D), other=0.0)
-    count = tl.minimum(q_end - (q_first + block * BLKQ), BLKQ)
-    tl.store(q_mean_ptr + pid.to(tl.int64) * D + cols, tl.sum(x.to(tl.float32), 0) / count, mask=cols < D)
+    total = tl.sum(tl.reshape(x.to(tl.float32), [GROUP, BLKQ, BLOCK_D]), 1)
+    count = tl.minimum(q_end - (q_first + blocks * BLKQ), BLKQ)
+    at = (bh * num_q_blocks + blocks)[:, None] * D + cols[None, :]
+    tl.store(q_mean_ptr + at, total / count[:, None], mask=(blocks[:, None] < num_q_blocks) & (cols[None, :] < D))
 
 
 @triton.jit
@@ -45,6 +48,7 @@ def _sum_keys(
     b = bh // Hkv
     h = bh % Hkv
     c_cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
+    pools = (c == 0) & (half == 0)  # one of the programs that share a chunk
     acc = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
     z = tl.zeros([BLOCK_D], tl.float32)
     first_block = chunk * blocks_per_chunk
@@ -56,86 +60,85 @@ def _sum_keys(
         inside = valid[:, None] & (cols[None, :] < D)
         offsets = rows.to(tl.int64)[:, None]
         x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
+        y = x.to(tl.float32)
         if POOL:
-            if (c == 0) & (half == 0):
-                count = tl.sum(valid.to(tl.int32), 0)
-                mean = tl.sum(x.to(tl.float32), 0) / tl.maximum(count, 1)
-                at = bh * num_k_blocks + j
-                tl.store(k_mean_ptr + at * D + cols, mean, mask=cols < D)
-                if HAS_MASK:
-                    tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0))
+            count = tl.sum(valid.to(tl.int32), 0)
+            mean = tl.sum(y, 0) / tl.maximum(count, 1)
+            at = bh * num_k_blocks + j
+            tl.store(k_mean_ptr + at * D + cols, mean, mask=(cols < D) & pools)
+            if HAS_MASK:
+                tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0), mask=pools)
         if HAS_LINEAR:
             v = tl.load(
                 v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
                 mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
             )  # fmt: skip
-            y = x
             if PHI == "hedgehog":
-                y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
-            y = y.to(tl.float32)
-            top, total = phi_stats(y, cols[None, :] < D, PHI)
-            f = phi_tile(y, top, total, inside, PHI, 0)
+                y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
+            top, inv = phi_stats(y, cols[None, :] < D, PHI)
+            f = phi_tile(y, top, inv, inside, PHI, 0)
             if NUM_HALVES == 2:
-                f = tl.where(half == 0, f, phi_tile(y, top, total, inside, PHI, 1))
-            acc = tl.dot(tl.trans(f).to(v.dtype), v, acc, input_precision=PRECISION)
+                f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
+            acc = tl.dot(tl.trans(f.to(v.dtype)), v, acc, input_precision=PRECISION)
             z += tl.sum(f, 0)
     if HAS_LINEAR:
         at = (bh * num_chunks + chunk) * NUM_HALVES + half
         ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
         tl.store(ptrs, (acc * norm).to(sums_ptr.dtype.element_ty), mask=(cols[:, None] < D) & (c_cols[None, :] < D))
-        if c == 0:
-            tl.store(z_ptr + at * D + cols, z * norm, mask=cols < D)
+        tl.store(z_ptr + at * D + cols, z * norm, mask=(cols < D) & (c == 0))
 
 
-@triton.jit(do_not_specialize=["Lk", "q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_k_blocks", "num_chunks", "blocks_per_chunk", "num_q_programs", "norm"])  # fmt: skip  # noqa: E501
+@triton.jit(do_not_specialize=["Lk", "q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_q_groups", "num_k_blocks", "num_chunks", "blocks_per_chunk", "num_key_programs", "norm"])  # fmt: skip  # noqa: E501
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, fk_ptr, mask_ptr, q_mean_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_fb, stride_fh, stride_fl,
-    H, Hkv, Lk, q_first, q_end, k_first, k_end, num_q_blocks, num_k_blocks,
-    num_chunks, blocks_per_chunk, num_q_programs, norm,
+    H, Hkv, Lk, q_first, q_end, k_first, k_end, num_q_blocks, num_q_groups, num_k_blocks,
+    num_chunks, blocks_per_chunk, num_key_programs, norm,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLKQ: tl.constexpr, BLKK: tl.constexpr,
-    PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LINEAR: tl.constexpr, POOL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_LINEAR: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The first num_q_programs programs pool one query block each, the others take one chunk of key blocks each.
+    """The first num_key_programs programs take one chunk of key blocks each (the longer work), the others pool q.
 
-    Grid: (num_q_programs + B * Hkv * num_chunks * NUM_HALVES * cdiv(D, BLOCK_C),).
+    Grid: (num_key_programs + B * H * num_q_groups,); num_key_programs = B * Hkv * num_chunks * NUM_HALVES * cdiv(D, BLOCK_C).
     q_mean: [B, H, num_q_blocks, D], k_mean: [B, Hkv, num_k_blocks, D], k_bias: [B, Hkv, num_k_blocks], all float32;
     k_bias is -inf for a block without a valid key.
     sums: [B, Hkv, num_chunks, NUM_HALVES * D, D] norm * phi(K)^T V; z: its float32 row sums of phi(K).
-    """
+    """  # noqa: E501
     pid = tl.program_id(0)
-    if pid < num_q_programs:
-        if POOL:
-            _pool_queries(
-                pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql,
-                H, q_first, q_end, num_q_blocks, D, BLOCK_D, BLKQ,
-            )  # fmt: skip
-    else:
+    if pid < num_key_programs:
         _sum_keys(
-            pid - num_q_programs, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
+            pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
             Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
             D, BLOCK_D, BLOCK_C, BLKK, PHI, NUM_HALVES, HAS_MASK, HAS_LINEAR, POOL, PRECISION,
         )  # fmt: skip
+    else:
+        if POOL:
+            _pool_queries(
+                pid - num_key_programs, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql,
+                H, q_first, q_end, num_q_blocks, num_q_groups, D, BLOCK_D, BLKQ, GROUP,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale"])  # fmt: skip  # noqa: E501
 def _select_kernel(
     q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
     H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, topk, num_unskipped, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program takes groups of ROWS query blocks in turn: scores, the topk-th largest by bisection, the list.
 
-    Grid: (any,). scratch: [grid, ROWS, num_k_blocks] uint32, one program's scores in an order-preserving encoding.
+    Grid: (any,). scratch: [grid, ROWS, num_k_blocks] uint32, one program's scores in an order-preserving encoding,
+    made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are all.
     indices: [B, H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3).
     Ties go to the lower index.
     """
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
+    t = tl.arange(0, TILE)
     n = tl.arange(0, BLOCK_N)
     scratch = scratch_ptr + (tl.program_id(0).to(tl.int64) * ROWS + r)[:, None] * num_k_blocks
     for group in range(tl.program_id(0), num_groups, tl.num_programs(0)):
@@ -148,8 +151,8 @@ def _select_kernel(
             mask=row_valid[:, None] & (d[None, :] < D), other=0.0,
         )  # fmt: skip
         tl.debug_barrier()
-        for start in range(0, num_k_blocks, BLOCK_N):
-            j = start + n
+        for start in range(0, num_k_blocks, TILE):
+            j = start + t
             k = tl.load(
                 k_mean_ptr + (bh_kv * num_k_blocks + j)[:, None] * D + d[None, :],
                 mask=(j[:, None] < num_k_blocks) & (d[None, :] < D), other=0.0,
@@ -162,11 +165,12 @@ def _select_kernel(
             tl.store(scratch + j[None, :], key, mask=j[None, :] < num_k_blocks)
         tl.debug_barrier()
 
-        cut = _nth_largest(scratch, n, num_k_blocks, topk, ROWS, BLOCK_N)
-        ties = topk - _count_above(scratch, n, num_k_blocks, cut, ROWS, BLOCK_N)
+        keys = tl.load(scratch + n[None, :], mask=n[None, :] < num_k_blocks, other=0)
+        cut = _nth_largest(scratch, keys, n, num_k_blocks, topk, ROWS, BLOCK_N, ONE)
+        ties = topk - _count_above(scratch, keys, n, num_k_blocks, cut, ROWS, BLOCK_N, ONE)
         if HAS_SKIP:
-            low_cut = _nth_largest(scratch, n, num_k_blocks, num_unskipped, ROWS, BLOCK_N)
-            low_ties = num_unskipped - _count_above(scratch, n, num_k_blocks, low_cut, ROWS, BLOCK_N)
+            low_cut = _nth_largest(scratch, keys, n, num_k_blocks, num_unskipped, ROWS, BLOCK_N, ONE)
+            low_ties = num_unskipped - _count_above(scratch, keys, n, num_k_blocks, low_cut, ROWS, BLOCK_N, ONE)
         equal_seen = tl.zeros([ROWS], tl.int32)
         low_equal_seen = tl.zeros([ROWS], tl.int32)
         written = tl.zeros([ROWS], tl.int32)
@@ -174,10 +178,11 @@ def _select_kernel(
         for start in range(0, num_k_blocks, BLOCK_N):
             j = start + n
             inside = j[None, :] < num_k_blocks
-            key = tl.load(scratch + j[None, :], mask=inside, other=0)
-            equal = ((key == cut[:, None]) & inside).to(tl.int32)
+            if not ONE:
+                keys = tl.load(scratch + j[None, :], mask=inside, other=0)
+            equal = ((keys == cut[:, None]) & inside).to(tl.int32)
             rank = equal_seen[:, None] + tl.cumsum(equal, 1)
-            critical = inside & ((key > cut[:, None]) | ((equal != 0) & (rank <= ties[:, None])))
+            critical = inside & ((keys > cut[:, None]) | ((equal != 0) & (rank <= ties[:, None])))
             equal_seen += tl.sum(equal, 1)
             chosen = critical.to(tl.int32)
             position = written[:, None] + tl.cumsum(chosen, 1) - 1
@@ -186,56 +191,68 @@ def _select_kernel(
             tl.store(indices_ptr + at[:, None] * topk + position, tl.broadcast_to(j[None, :], [ROWS, BLOCK_N]), mask=store)  # fmt: skip  # noqa: E501
             value = chosen
             if HAS_SKIP:
-                low_equal = ((key == low_cut[:, None]) & inside).to(tl.int32)
+                low_equal = ((keys == low_cut[:, None]) & inside).to(tl.int32)
                 low_rank = low_equal_seen[:, None] + tl.cumsum(low_equal, 1)
                 low_equal_seen += tl.sum(low_equal, 1)
-                kept = (key > low_cut[:, None]) | ((low_equal != 0) & (low_rank <= low_ties[:, None]))
+                kept = (keys > low_cut[:, None]) | ((low_equal != 0) & (low_rank <= low_ties[:, None]))
                 value = tl.where(kept, chosen, -1)
             tl.store(map_ptr + at[:, None] * num_k_blocks + j[None, :], value.to(tl.int8), mask=inside & row_valid[:, None])  # fmt: skip  # noqa: E501
 
 
 @triton.jit
-def _nth_largest(scratch, n, num_k_blocks, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _count(scratch, keys, n, num_k_blocks, bound, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+    """Per row the number of keys >= bound. `keys` is the first tile, all there are if ONE."""
+    found = tl.sum(((n[None, :] < num_k_blocks) & (keys >= bound[:, None])).to(tl.int32), 1)
+    if not ONE:
+        for start in range(BLOCK_N, num_k_blocks, BLOCK_N):
+            inside = (start + n)[None, :] < num_k_blocks
+            key = tl.load(scratch + (start + n)[None, :], mask=inside, other=0)
+            found += tl.sum((inside & (key >= bound[:, None])).to(tl.int32), 1)
+    return found
+
+
+@triton.jit
+def _count_above(scratch, keys, n, num_k_blocks, bound, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+    """Per row the number of keys > bound."""
+    above = _count(scratch, keys, n, num_k_blocks, bound + 1, ROWS, BLOCK_N, ONE)
+    return tl.where(bound == 0xFFFFFFFF, 0, above)
+
+
+@triton.jit
+def _nth_largest(scratch, keys, n, num_k_blocks, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
     """Per row the `count`-th largest key: [ROWS] uint32, found bit by bit from the top."""
     cut = tl.zeros([ROWS], tl.uint32)
     bit = tl.full([ROWS], 1, tl.uint32) << 31
     for _ in range(32):
         candidate = cut | bit
-        at_least = tl.zeros([ROWS], tl.int32)
-        for start in range(0, num_k_blocks, BLOCK_N):
-            inside = (start + n)[None, :] < num_k_blocks
-            key = tl.load(scratch + (start + n)[None, :], mask=inside, other=0)
-            at_least += tl.sum((inside & (key >= candidate[:, None])).to(tl.int32), 1)
-        cut = tl.where(at_least >= count, candidate, cut)
+        cut = tl.where(
+            _count(scratch, keys, n, num_k_blocks, candidate, ROWS, BLOCK_N, ONE) >= count, candidate, cut
+        )
         bit = bit >> 1
     return cut
 
 
-@triton.jit
-def _count_above(scratch, n, num_k_blocks, cut, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    above = tl.zeros([ROWS], tl.int32)
-    for start in range(0, num_k_blocks, BLOCK_N):
-        inside = (start + n)[None, :] < num_k_blocks
-        key = tl.load(scratch + (start + n)[None, :], mask=inside, other=0)
-        above += tl.sum((inside & (key > cut[:, None])).to(tl.int32), 1)
-    return above
-
-
 @triton.jit(do_not_specialize=["num_q_blocks", "num_k_blocks", "total"])
 def _invert_kernel(
-    map_ptr, offsets_ptr, list_ptr, num_q_blocks, num_k_blocks, total,
+    map_ptr, starts_ptr, counts_ptr, list_ptr, num_q_blocks, num_k_blocks, total,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT: offsets[bh, j + 1] = number of query blocks that chose key block j. Otherwise: list them, ascending.
+    """COUNT: how many query blocks chose each key block. Otherwise: where its list starts, and the list, ascending.
 
-    Grid: (cdiv(num_k_blocks, COLS), B * H). offsets: [B * H, num_k_blocks + 1] int32, cumulated in between;
-    list: [B * H, total] int32.
+    Grid: (cdiv(num_k_blocks, COLS), B * H). starts, counts: [B * H, num_k_blocks], list: [B * H, total], int32.
     """
     bh = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    c = tl.arange(0, COLS)
+    j = tl.program_id(0) * COLS + c
     seen = tl.zeros([COLS], tl.int32)
+    base = seen
     if not COUNT:
-        base = tl.load(offsets_ptr + bh * (num_k_blocks + 1) + j, mask=j < num_k_blocks, other=0)
+        before = seen
+        for tile in range(0, tl.program_id(0)):
+            before += tl.load(counts_ptr + bh * num_k_blocks + tile * COLS + c)
+        own = tl.load(counts_ptr + bh * num_k_blocks + j, mask=j < num_k_blocks, other=0)
+        base = tl.sum(before, 0) + tl.cumsum(own, 0) - own
+        tl.store(starts_ptr + bh * num_k_blocks + j, base, mask=j < num_k_blocks)
     for start in range(0, num_q_blocks, ROWS):
         i = start + tl.arange(0, ROWS)
         inside = (i[:, None] < num_q_blocks) & (j[None, :] < num_k_blocks)
@@ -246,7 +263,7 @@ def _invert_kernel(
             tl.store(list_ptr + bh * total + position, tl.broadcast_to(i[:, None], [ROWS, COLS]), mask=chosen != 0)
         seen += tl.sum(chosen, 0)
     if COUNT:
-        tl.store(offsets_ptr + bh * (num_k_blocks + 1) + j + 1, seen, mask=j < num_k_blocks)
+        tl.store(counts_ptr + bh * num_k_blocks + j, seen, mask=j < num_k_blocks)
 
 
 def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, pool, norm):
@@ -258,14 +275,10 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks = triton.cdiv(Lq - sum(keep_q), blkq)
     num_k_blocks = triton.cdiv(Lk - sum(keep_k), blkk)
-    halves = HALVES[feature_map]
-    config = prepare_config(q, feature_map)
-    if linear == "all":
-        num_chunks = max(1, min(num_k_blocks, config.programs // (B * Hkv)))
-        blocks_per_chunk = triton.cdiv(num_k_blocks, num_chunks)
-        num_chunks = triton.cdiv(num_k_blocks, blocks_per_chunk)
-    else:
-        num_chunks, blocks_per_chunk = num_k_blocks, 1
+    halves = HALVES[feature_map] if linear != "none" else 1
+    config = prepare_config(q)
+    blocks_per_chunk = 1 if linear == "marginal" else chunk_size(num_k_blocks, config.programs, B * Hkv)
+    num_chunks = triton.cdiv(num_k_blocks, blocks_per_chunk)
     new = dict(device=q.device, dtype=torch.float32)
     q_mean = torch.empty((B, H, num_q_blocks, D), **new) if pool else None
     k_mean = torch.empty((B, Hkv, num_k_blocks, D), **new) if pool else None
@@ -277,20 +290,27 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
         z = torch.empty((B, Hkv, num_chunks, halves * D), **new)
     elif not pool:
         return None, None, None, None, None
-    num_q_programs = B * H * num_q_blocks if pool else 0
-    parts = halves * triton.cdiv(D, config.block_c) if linear != "none" else 1
+    BLOCK_C = min(config.block_c, block_d(D)) if linear != "none" else block_d(D)
+    num_key_programs = B * Hkv * num_chunks * halves * triton.cdiv(D, BLOCK_C)
+    group = max(1, config.rows // blkq)
+    num_q_groups = triton.cdiv(num_q_blocks, group)
     fk = k if fk is None else fk
-    _prepare_kernel[(num_q_programs + B * Hkv * num_chunks * parts,)](
+    _prepare_kernel[(num_key_programs + (B * H * num_q_groups if pool else 0),)](
         q, k, v, fk, key_mask, q_mean, k_mean, k_bias, sums, z,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fk.stride()[:3],
-        H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_k_blocks,
-        num_chunks, blocks_per_chunk, num_q_programs, norm,
-        D=D, BLOCK_D=block_d(D), BLOCK_C=config.block_c if linear != "none" else block_d(D), BLKQ=blkq, BLKK=blkk,
-        PHI=feature_map, NUM_HALVES=halves if linear != "none" else 1, HAS_MASK=key_mask is not None,
+        H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_q_groups, num_k_blocks,
+        num_chunks, blocks_per_chunk, num_key_programs, norm,
+        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLKQ=blkq, BLKK=blkk, GROUP=group,
+        PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None,
         HAS_LINEAR=linear != "none", POOL=pool, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return q_mean, k_mean, k_bias, sums, z
+
+
+def chunk_size(count, programs, heads):
+    """How many of a head's `count` blocks one program takes, so that all heads make about `programs` programs."""
+    return triton.cdiv(count, max(1, min(count, programs // heads)))
 
 
 def select(q_mean, k_mean, k_bias, topk, skip, scale):
@@ -303,14 +323,16 @@ def select(q_mean, k_mean, k_bias, topk, skip, scale):
     groups_per_head = triton.cdiv(num_q_blocks, config.rows)
     num_groups = B * H * groups_per_head
     programs = min(num_groups, config.programs)
+    # A power of two, so that few lengths need a kernel of their own.
+    BLOCK_N = max(16, min(config.block_n, triton.next_power_of_2(num_k_blocks)))
     scratch = torch.empty((programs, config.rows, num_k_blocks), device=q_mean.device, dtype=torch.int32)
     indices = torch.empty((B, H, num_q_blocks, n), device=q_mean.device, dtype=torch.int32)
     block_map = torch.empty((B, H, num_q_blocks, num_k_blocks), device=q_mean.device, dtype=torch.int8)
     _select_kernel[(programs,)](
         q_mean, k_mean, k_bias, scratch.view(torch.uint32), indices, block_map,
         H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, n, num_k_blocks - num_skipped, scale,
-        D=D, BLOCK_D=block_d(D), ROWS=config.rows, BLOCK_N=config.block_n,
-        HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0, PRECISION=PRECISION,
+        D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=config.block_c, BLOCK_N=BLOCK_N,
+        ONE=num_k_blocks <= BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0, PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return indices, block_map
@@ -324,15 +346,14 @@ def indices_of(block_map, topk):
 
 
 def invert(block_map, topk):
-    """Per key block the query blocks that chose it: offsets [B * H, num_k_blocks + 1], list [B * H, total], int32."""
+    """Per key block the query blocks that chose it: starts, counts [B * H, num_k_blocks], list [B * H, total], int32."""
     B, H, num_q_blocks, num_k_blocks = block_map.shape
     total = num_q_blocks * max(1, int(topk * num_k_blocks))
-    counts = torch.empty((B * H, num_k_blocks + 1), device=block_map.device, dtype=torch.int32)
-    listed = torch.empty((B * H, total), device=block_map.device, dtype=torch.int32)
+    new = dict(device=block_map.device, dtype=torch.int32)
+    starts, counts = torch.empty((B * H, num_k_blocks), **new), torch.empty((B * H, num_k_blocks), **new)
+    listed = torch.empty((B * H, total), **new)
     grid = (triton.cdiv(num_k_blocks, 32), B * H)
     sizes = (num_q_blocks, num_k_blocks, total)
-    _invert_kernel[grid](block_map, counts, listed, *sizes, COUNT=True, ROWS=64, COLS=32)
-    counts[:, 0] = 0
-    offsets = counts.cumsum(1, dtype=torch.int32)
-    _invert_kernel[grid](block_map, offsets, listed, *sizes, COUNT=False, ROWS=64, COLS=32)
-    return offsets, listed
+    _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=True, ROWS=64, COLS=32)
+    _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=False, ROWS=64, COLS=32)
+    return starts, counts, listed

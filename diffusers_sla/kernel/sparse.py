@@ -139,9 +139,9 @@ def _backward(
                 q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, False, norm
             )
             m, z, _ = gather_sums(sums, z, marginal, proj_l_weight, q.dtype)
-        dm, dz = linear_bwd_q(fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal is not None)
+        dm, dz, dbias = linear_bwd_q(fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal is not None)
         del m
-        dh, dz, dweight = scatter_sums_backward(dm, dz, marginal, proj_l_weight, h, sums, k.shape[1], norm)
+        dh, dz, dweight = scatter_sums_backward(dm, dz, marginal, proj_l_weight, h, sums, k.shape[1], norm, q.dtype)
         del dm, sums
         linear_bwd_k(fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map)
         if hedgehog:
@@ -149,17 +149,14 @@ def _backward(
             dphi_k = (k.mT @ dfk).float().sum((0, 1))
             dq.copy_(dfq @ phi_q_weight.to(q.dtype).t())
             dk.copy_(dfk @ phi_k_weight.to(k.dtype).t())
-    if proj_l_bias is not None:
-        dbias = do[:, :, image].sum((0, 1, 2), dtype=torch.float32)
     do_s = do
     if proj_s_weight is not None:
         da = (do[:, :, image].mT @ o_s[:, :, image]).float().sum((0, 1))
         do_s = do @ proj_s_weight.to(q.dtype)
         do_s[:, :, : image.start] = do[:, :, : image.start]
         do_s[:, :, image.stop :] = do[:, :, image.stop :]
-    offsets, listed = invert(block_map, topk)
     sparse_bwd(
-        do_s, q, k, v, o_s, lse, indices, offsets, listed, key_mask, dq, dk, dv,
+        do_s, q, k, v, o_s, lse, indices, invert(block_map, topk), key_mask, dq, dk, dv,
         blkq, blkk, keep_q, keep_k, scale, linear != "none",
     )  # fmt: skip
     weights = (proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
