@@ -1,25 +1,28 @@
 """The file `sla_attention.pt`: trained projections and the settings they were trained with. No network here.
 
-Version 2: {"format": "diffusers_sla", "version": 2, "settings": {}, "state": {layer: {name: tensor}}, "meta": {}},
-with layers such as "transformer.blocks.0.attn1". `sla_attention.safetensors` holds the same: tensors named
-"<layer>.<name>", and the rest as JSON in its header. Version 1 is SimpleTuner's, one projection per head size.
+Version 2: {"format": "diffusers_sla", "version": 2, "settings": {}, "state": {layer: {name: tensor}}, "meta": {},
+"digest": text}, with layers such as "transformer.blocks.0.attn1". `sla_attention.safetensors` holds the same: tensors
+named "<layer>.<name>", and the rest as JSON under "diffusers_sla" in its header. Version 1 is SimpleTuner's, one projection per head size.
+Other projects' keys are in foreign.py. docs/state-file.md describes all of it.
 """
 
+import hashlib
 import json
 import os
-import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import SLAStateError, SLAStateFormatError, SLAStateNotFoundError, SLAStateVersionError
+from .foreign import foreign_layers
+from .kernel.api import MAX_HEAD_DIM
+from .tensor_files import check_plain, load_pt, open_safetensors, parse_json
 
 FORMAT = "diffusers_sla"
 VERSION = 2
@@ -27,10 +30,8 @@ PT_NAME = "sla_attention.pt"
 SAFETENSORS_NAME = "sla_attention.safetensors"
 # Name in the file -> number of dimensions, each of the head size.
 TENSORS = {"proj_l.weight": 2, "proj_l.bias": 1, "proj_s.weight": 2, "phi_q.weight": 2, "phi_k.weight": 2}
-_FOREIGN = re.compile(
-    r"(?:net\.)?blocks\.(\d+)\."
-    r"(?:self_attn\.attn_op\.local_attn|attn1\.attn_op\.local_attn|attn1\.attn_impl)\.(proj_l\.(?:weight|bias))"
-)
+# The largest models have a few hundred layers of 16,384 numbers; a file cannot make its reader allocate more than 1 GiB.
+MAX_NUMBERS = 1 << 28
 
 
 @dataclass
@@ -38,6 +39,7 @@ class SLAState:
     """What a state file holds.
 
     settings: SLAConfig's fields, or None in a foreign checkpoint. layers: tensors by layer, float32 on CPU.
+    meta: what else is known, plain values; docs/state-file.md names the keys that model cards show.
     by_head_dim: instead of layers in a version 1 file: tensors by head size, shared by all layers of that size.
     """
 
@@ -45,6 +47,15 @@ class SLAState:
     layers: dict[str, dict[str, Tensor]]
     meta: dict[str, Any] = field(default_factory=dict)
     by_head_dim: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 of settings, names, shapes and float32 values: equal for files that mean the same."""
+        found = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        named = {f"{layer}.{name}": tensor for layer, tensors in self.layers.items() for name, tensor in tensors.items()}
+        for key, tensor in sorted(named.items()):
+            found.update(f"\n{key} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"sha256:{found.hexdigest()}"
 
 
 def read_state(source: str | os.PathLike | Mapping[str, Any]) -> SLAState:
@@ -60,11 +71,7 @@ def read_state(source: str | os.PathLike | Mapping[str, Any]) -> SLAState:
     path = find_state(source)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise SLAStateFormatError(f"{path} is damaged, or holds more than plain tensors: {_short(error)}") from error
-    return _parse(payload, str(path))
+    return _parse(load_pt(path), str(path))
 
 
 def find_state(source: str | os.PathLike) -> Path:
@@ -90,7 +97,7 @@ def write_state(state: SLAState, path: str | os.PathLike, *, version: int = VERS
         version: 2, or 1 for SimpleTuner's (.pt only), which has one projection for all layers of a head size.
 
     Raises:
-        SLAStateError: Version 1 cannot hold this state.
+        SLAStateError: The file would not be readable again, or version 1 cannot hold this state.
     """
     path = Path(path)
     if version not in (1, VERSION):
@@ -100,24 +107,34 @@ def write_state(state: SLAState, path: str | os.PathLike, *, version: int = VERS
     if version == 1:
         if path.suffix != ".pt":
             raise SLAStateError("version 1 exists as a .pt file only")
-        _replace(path, lambda file: torch.save(_version_1(state), file))
-    elif path.suffix == ".pt":
-        payload = {
-            "format": FORMAT, "version": VERSION, "settings": state.settings, "state": state.layers, "meta": state.meta
-        }  # fmt: skip
-        _replace(path, lambda file: torch.save(payload, file))
-    else:
-        header = {"format": FORMAT, "version": str(VERSION)}
-        header |= {"settings": json.dumps(state.settings), "meta": json.dumps(state.meta)}
-        tensors = {
-            f"{layer}.{name}": tensor.contiguous().clone()
-            for layer, named in state.layers.items()
-            for name, tensor in named.items()
-        }
-        _replace(path, lambda file: save_file(tensors, file, metadata=header))
+        payload = _version_1(state)
+        replace(path, lambda file: _save_pt(payload, file))
+        return
+    if state.by_head_dim:
+        raise SLAStateError(
+            "this state has one projection per head size, which only version 1 holds; load it into its model and save that"
+        )
+    if state.settings is None:
+        raise SLAStateError("this state has no settings: it comes from another project's checkpoint; give it some")
+    payload = {
+        "format": FORMAT, "version": VERSION, "settings": state.settings, "state": state.layers, "meta": state.meta,
+        "digest": state.digest(),
+    }  # fmt: skip
+    _parse(payload, str(path))
+    if path.suffix == ".pt":
+        replace(path, lambda file: _save_pt(payload, file))
+        return
+    # One entry: safetensors writes several in an order that changes from process to process.
+    header = {FORMAT: json.dumps({name: value for name, value in payload.items() if name != "state"})}
+    tensors = {
+        f"{layer}.{name}": tensor.contiguous().clone()  # safetensors refuses tensors that share memory
+        for layer, named in state.layers.items()
+        for name, tensor in named.items()
+    }
+    replace(path, lambda file: save_file(tensors, file, metadata=header))
 
 
-def _replace(path: Path, write) -> None:
+def replace(path: Path, write: Callable[[str], None]) -> None:
     """Call write(temporary path beside `path`), then put it in `path`'s place."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -130,6 +147,11 @@ def _replace(path: Path, write) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _save_pt(payload: dict[str, Any], path: str) -> None:
+    with open(path, "wb") as file:  # given a path, torch.save writes the temporary name into the file
+        torch.save(payload, file)
 
 
 def _version_1(state: SLAState) -> dict[str, Any]:
@@ -149,31 +171,18 @@ def _version_1(state: SLAState) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> SLAState:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if "format" not in header:
-            return _parse(tensors, str(path))
-        payload = {
-            "format": header["format"], "version": int(header.get("version", "")),
-            "settings": json.loads(header.get("settings", "")), "meta": json.loads(header.get("meta", "{}")),
-        }  # fmt: skip
-    except SLAStateError:
-        raise
-    except Exception as error:
-        raise SLAStateFormatError(f"{path} is damaged: {_short(error)}") from error
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        layer, name = _split(key)
-        state.setdefault(layer, {})[name] = tensor
-    return _parse(payload | {"state": state}, str(path))
-
-
-def _split(key: str) -> tuple[str, str]:
-    layer, dot, last = key.rpartition(".")
-    layer, _, first = layer.rpartition(".")
-    return layer, f"{first}{dot}{last}"
+    where = str(path)
+    with open_safetensors(path) as (header, tensors):
+        if FORMAT not in header:
+            return _parse(tensors, where)
+        payload = _dict(parse_json(header[FORMAT], "header", where), "header", where)
+        state: dict[str, dict[str, Tensor]] = {}
+        if payload.get("version") == VERSION:
+            for key in tensors:
+                layer, _, last = key.rpartition(".")
+                layer, _, first = layer.rpartition(".")
+                state.setdefault(layer, {})[f"{first}.{last}"] = tensors[key]
+        return _parse(payload | {"format": FORMAT, "state": state}, where)
 
 
 def _parse(payload: Any, where: str) -> SLAState:
@@ -181,63 +190,87 @@ def _parse(payload: Any, where: str) -> SLAState:
         raise SLAStateFormatError(f"{where} is not an SLA state: it holds a {type(payload).__name__}, not a dict")
     version = payload.get("version")
     if payload.get("format") == FORMAT:
-        if not isinstance(version, int) or isinstance(version, bool) or version < 2:
-            raise SLAStateFormatError(f"{where} has the impossible version {version!r}")
-        if version > VERSION:
-            raise SLAStateVersionError(
-                f"{where} has version {version}, this package reads up to {VERSION}: update diffusers_sla"
-            )
-        settings, meta = (_plain_dict(payload.get(name, {}), name, where) for name in ("settings", "meta"))
-        state = _plain_dict(payload.get("state"), "state", where)
-        return SLAState(settings, {name: _layer(named, name, where) for name, named in state.items()}, meta)
-    if version == 1 and "state" in payload and "format" not in payload:
-        by_head_dim = {}
-        for key, named in _plain_dict(payload["state"], "state", where).items():
-            head_dim, colon, dtype = key.partition(":")
-            if not head_dim.isdecimal() or not colon or dtype not in ("bf16", "fp16", "fp32"):
-                raise SLAStateFormatError(f"{where}: {key!r} is not a version 1 key such as '128:bf16'")
-            by_head_dim[int(head_dim)] = _layer(named, key, where)
-            if _head_dim(by_head_dim[int(head_dim)]) != int(head_dim):
-                raise SLAStateFormatError(f"{where}: the tensors of {key!r} are of another head size")
-        return SLAState(_plain_dict(payload.get("settings", {}), "settings", where), {}, {"version": 1}, by_head_dim)
-    layers: dict[str, dict[str, Any]] = {}
-    for key, tensor in payload.items():
-        match = _FOREIGN.fullmatch(key) if isinstance(key, str) else None
-        if match:
-            layers.setdefault(f"transformer.blocks.{match[1]}.attn1", {})[match[2]] = tensor
+        return _parse_version_2(payload, version, where)
+    if version == 1 and not isinstance(version, bool) and "state" in payload and "format" not in payload:
+        return _parse_version_1(payload, where)
+    layers = foreign_layers(payload)
     if not layers:
         raise SLAStateFormatError(f"{where} is not an SLA state: neither this package's, nor one that it knows")
-    return SLAState(None, {name: _layer(named, name, where) for name, named in layers.items()})
+    return SLAState(None, _layers(layers, where))
 
 
-def _plain_dict(value: Any, name: str, where: str) -> dict[str, Any]:
+def _parse_version_2(payload: Mapping[str, Any], version: Any, where: str) -> SLAState:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 2:
+        raise SLAStateFormatError(f"{where} has the impossible version {version!r}")
+    if version > VERSION:
+        raise SLAStateVersionError(
+            f"{where} has version {version}, this package reads up to {VERSION}: update diffusers_sla"
+        )
+    unknown = payload.keys() - {"format", "version", "settings", "state", "meta", "digest"}
+    if unknown:
+        raise SLAStateFormatError(f"{where} has the unknown entry {min(map(str, unknown))!r}")
+    settings, meta = (_plain_dict(payload.get(name, {}), name, where) for name in ("settings", "meta"))
+    state = SLAState(settings, _layers(_dict(payload.get("state"), "state", where), where), meta)
+    if "digest" in payload and payload["digest"] != state.digest():
+        raise SLAStateFormatError(f"{where} is damaged: its contents are not what was saved (the digest differs)")
+    return state
+
+
+def _parse_version_1(payload: Mapping[str, Any], where: str) -> SLAState:
+    keys = {}
+    for key in _dict(payload["state"], "state", where):
+        head_dim, colon, dtype = key.partition(":")
+        if not (head_dim.isascii() and head_dim.isdecimal()) or not colon or dtype not in ("bf16", "fp16", "fp32"):
+            raise SLAStateFormatError(f"{where}: {key!r} is not a version 1 key such as '128:bf16'")
+        keys[key] = int(head_dim)
+    by_head_dim = {}
+    for key, named in _layers(payload["state"], where).items():
+        if _head_dim(named) != keys[key]:
+            raise SLAStateFormatError(f"{where}: the tensors of {key!r} are of another head size")
+        by_head_dim[keys[key]] = named
+    return SLAState(_plain_dict(payload.get("settings", {}), "settings", where), {}, {"version": 1}, by_head_dim)
+
+
+def _dict(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise SLAStateFormatError(f"{where}: {name!r} is not a dict with text keys")
     return dict(value)
 
 
-def _layer(named: Any, layer: str, where: str) -> dict[str, Tensor]:
-    tensors = {}
-    for name, tensor in _plain_dict(named, layer, where).items():
-        if name not in TENSORS:
-            raise SLAStateFormatError(
-                f"{where}: {layer} has an unknown tensor {name!r}; known are {', '.join(TENSORS)}"
-            )
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise SLAStateFormatError(f"{where}: {layer}.{name} is not a tensor of floating point numbers")
-        if tensor.dim() != TENSORS[name] or len(set(tensor.shape)) != 1 or tensor.numel() == 0:
-            raise SLAStateFormatError(f"{where}: {layer}.{name} has the impossible shape {tuple(tensor.shape)}")
-        tensors[name] = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        if not tensors[name].isfinite().all():
-            raise SLAStateFormatError(f"{where}: {layer}.{name} holds NaN or infinity")
-    if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
-        raise SLAStateFormatError(f"{where}: the tensors of {layer} are of several head sizes")
-    return tensors
+def _plain_dict(value: Any, name: str, where: str) -> dict[str, Any]:
+    check_plain(value, name, where)
+    return _dict(value, name, where)
+
+
+def _layers(state: Mapping[str, Any], where: str) -> dict[str, dict[str, Tensor]]:
+    """The tensors, checked before the first of them is copied: a few bytes in a file can claim any shape."""
+    layers = {layer: _dict(named, layer, where) for layer, named in state.items()}
+    numbers = 0
+    for layer, named in layers.items():
+        for name, tensor in named.items():
+            if name not in TENSORS:
+                raise SLAStateFormatError(
+                    f"{where}: {layer} has an unknown tensor {name!r}; known are {', '.join(TENSORS)}"
+                )
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
+                raise SLAStateFormatError(f"{where}: {layer}.{name} is not a tensor of floating point numbers")
+            shape = tuple(tensor.shape)
+            if len(shape) != TENSORS[name] or len(set(shape)) != 1 or not 0 < shape[0] <= MAX_HEAD_DIM:
+                raise SLAStateFormatError(f"{where}: {layer}.{name} has the impossible shape {shape}")
+            numbers += tensor.numel()
+        if len({tensor.shape[0] for tensor in named.values()}) > 1:
+            raise SLAStateFormatError(f"{where}: the tensors of {layer} are of several head sizes")
+    if numbers > MAX_NUMBERS:
+        raise SLAStateFormatError(f"{where} holds {numbers} numbers, more than any model has projections")
+    return {layer: {name: _copied(t, f"{layer}.{name}", where) for name, t in ts.items()} for layer, ts in layers.items()}
+
+
+def _copied(tensor: Tensor, name: str, where: str) -> Tensor:
+    copied = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    if not copied.isfinite().all():
+        raise SLAStateFormatError(f"{where}: {name} holds NaN or infinity")
+    return copied
 
 
 def _head_dim(named: Mapping[str, Tensor]) -> int:
     return next((tensor.shape[0] for tensor in named.values()), 0)
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_again(tmp_path, name):
 def test_the_pt_file_is_the_documented_dict(tmp_path):
     write_state(make_state(), tmp_path / "sla_attention.pt")
     payload = torch.load(tmp_path / "sla_attention.pt", weights_only=True)
-    assert list(payload) == ["format", "version", "settings", "state", "meta"]
+    assert list(payload) == ["format", "version", "settings", "state", "meta", "digest"]
     assert (payload["format"], payload["version"], payload["settings"]["topk"]) == ("diffusers_sla", 2, 0.1)
     assert set(payload["state"]["transformer.blocks.0.attn1"]) == {"proj_l.weight", "proj_l.bias", "proj_s.weight"}
 
