@@ -5,6 +5,7 @@ from .config import SLAConfig
 from .errors import (
     SLAConfigError,
     SLAError,
+    SLAHubError,
     SLASettingsConflictError,
     SLAStateError,
     SLAStateFormatError,
@@ -27,6 +28,7 @@ __all__ = [
     "SLAConfig",
     "SLAConfigError",
     "SLAError",
+    "SLAHubError",
     "SLASettingsConflictError",
     "SLAStateError",
     "SLAStateFormatError",

@@ -3,6 +3,7 @@
     SLAError
     ├── SLAConfigError (ValueError)         a setting is out of range, unknown or contradicts another
     ├── SLAUnsupportedError (ValueError)    a model, layer or call that SLA cannot serve
+    ├── SLAHubError (OSError)               the Hub cannot be reached, refuses, or has no such thing
     └── SLAStateError (ValueError)          a state file is wrong
         ├── SLAStateNotFoundError (OSError)     no state file where one is needed
         ├── SLAStateFormatError                 truncated, foreign or damaged
@@ -25,6 +26,10 @@ class SLAConfigError(SLAError, ValueError):
 
 class SLAUnsupportedError(SLAError, ValueError):
     """A model, layer or call that SLA cannot serve."""
+
+
+class SLAHubError(SLAError, OSError):
+    """The Hub cannot be reached, refuses, or has no such repository, revision or file."""
 
 
 class SLAStateError(SLAError, ValueError):

@@ -10,8 +10,8 @@ from .errors import SLAStateError, SLAStateFormatError
 
 @dataclass(frozen=True)
 class Layout:
-    """key: the projection of block {block}, before ".weight" and ".bias". settings: what that project runs with, as its
-    files hold none."""
+    """key: the projection of block {block}, before ".weight" and ".bias". settings: what that project runs with, for
+    its files hold none."""
 
     key: str
     settings: dict[str, Any]

@@ -2,8 +2,8 @@
 
 Version 2: {"format": "diffusers_sla", "version": 2, "settings": {}, "state": {layer: {name: tensor}}, "meta": {},
 "digest": text}, with layers such as "transformer.blocks.0.attn1". `sla_attention.safetensors` holds the same: tensors
-named "<layer>.<name>", and the rest as JSON under "diffusers_sla" in its header. Version 1 is SimpleTuner's, one projection per head size.
-Other projects' keys are in foreign.py. docs/state-file.md describes all of it.
+named "<layer>.<name>", and the rest as JSON under "diffusers_sla" in its header. Version 1 is SimpleTuner's, with one
+projection per head size. Other projects' keys are in foreign.py. docs/state-file.md describes all of it.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ PT_NAME = "sla_attention.pt"
 SAFETENSORS_NAME = "sla_attention.safetensors"
 # Name in the file -> number of dimensions, each of the head size.
 TENSORS = {"proj_l.weight": 2, "proj_l.bias": 1, "proj_s.weight": 2, "phi_q.weight": 2, "phi_k.weight": 2}
-# The largest models have a few hundred layers of 16,384 numbers; a file cannot make its reader allocate more than 1 GiB.
+# A few hundred layers of 16,384 numbers are usual; nobody's file can make its reader allocate more than 1 GiB.
 MAX_NUMBERS = 1 << 28
 
 
@@ -51,7 +51,9 @@ class SLAState:
     def digest(self) -> str:
         """SHA-256 of settings, names, shapes and float32 values: equal for files that mean the same."""
         found = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        named = {f"{layer}.{name}": tensor for layer, tensors in self.layers.items() for name, tensor in tensors.items()}
+        named = {
+            f"{layer}.{name}": tensor for layer, tensors in self.layers.items() for name, tensor in tensors.items()
+        }
         for key, tensor in sorted(named.items()):
             found.update(f"\n{key} {tuple(tensor.shape)}\n".encode())
             found.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -112,7 +114,8 @@ def write_state(state: SLAState, path: str | os.PathLike, *, version: int = VERS
         return
     if state.by_head_dim:
         raise SLAStateError(
-            "this state has one projection per head size, which only version 1 holds; load it into its model and save that"
+            "this state has one projection per head size, which only version 1 can hold; load it into its model and "
+            "save that"
         )
     if state.settings is None:
         raise SLAStateError("this state has no settings: it comes from another project's checkpoint; give it some")
@@ -262,7 +265,9 @@ def _layers(state: Mapping[str, Any], where: str) -> dict[str, dict[str, Tensor]
             raise SLAStateFormatError(f"{where}: the tensors of {layer} are of several head sizes")
     if numbers > MAX_NUMBERS:
         raise SLAStateFormatError(f"{where} holds {numbers} numbers, more than any model has projections")
-    return {layer: {name: _copied(t, f"{layer}.{name}", where) for name, t in ts.items()} for layer, ts in layers.items()}
+    return {
+        layer: {name: _copied(t, f"{layer}.{name}", where) for name, t in ts.items()} for layer, ts in layers.items()
+    }
 
 
 def _copied(tensor: Tensor, name: str, where: str) -> Tensor:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .apply import apply_sla, self_attention_layers, sla_layers
+from .apply import apply_sla, denoisers, self_attention_layers, sla_layers
 from .config import SLAConfig
 from .errors import (
     SLAConfigError,
@@ -15,12 +16,18 @@ from .errors import (
     SLAStateError,
     SLAStateFormatError,
     SLAStateMismatchError,
+    SLAStateNotFoundError,
 )
+from .hub import Remote, download, is_repo_id
 from .state import PT_NAME, SAFETENSORS_NAME, SLAState, read_state, write_state
 
 
-def sla_state(model_or_pipe: Any) -> SLAState:
+def sla_state(model_or_pipe: Any, *, meta: Mapping[str, Any] | None = None) -> SLAState:
     """The settings and projections that a model or pipeline runs with, as they go into a file.
+
+    Args:
+        meta: What else to record, plain values; the versions in use, the model classes and the base model, where it
+            is one of the Hub's, are recorded anyway.
 
     Raises:
         SLAStateError: SLA is not installed, or its layers have different settings.
@@ -31,23 +38,26 @@ def sla_state(model_or_pipe: Any) -> SLAState:
     configs = {layer.config for layer in layers.values()}
     if len(configs) > 1:
         raise SLAStateError("a state file holds one set of settings, and these layers have several")
-    state = {}
-    for name, layer in layers.items():
-        tensors = {
+    state = {
+        name: {
             key.replace("_weight", ".weight").replace("_bias", ".bias"): _whole(parameter)
             for key, parameter in layer.state.named_parameters(remove_duplicate=False)
         }
-        state[name] = tensors
-    return SLAState(configs.pop().to_dict(), state, {"torch": torch.__version__.split("+")[0]})
+        for name, layer in layers.items()
+    }
+    return SLAState(configs.pop().to_dict(), state, _provenance(model_or_pipe) | dict(meta or {}))
 
 
-def save_sla_weights(model_or_pipe: Any, folder: str | os.PathLike) -> Path:
+def save_sla_weights(model_or_pipe: Any, folder: str | os.PathLike, *, meta: Mapping[str, Any] | None = None) -> Path:
     """Write `sla_attention.pt` and `sla_attention.safetensors` into `folder` and return it.
 
+    Args:
+        meta: See `sla_state`; docs/state-file.md names the records that model cards show.
+
     Raises:
-        SLAStateError: SLA is not installed.
+        SLAStateError: SLA is not installed, or a projection holds NaN.
     """
-    state = sla_state(model_or_pipe)
+    state = sla_state(model_or_pipe, meta=meta)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (PT_NAME, SAFETENSORS_NAME):
@@ -62,29 +72,41 @@ def load_sla_weights(
     config: SLAConfig | Mapping[str, Any] | str | None = None,
     override: bool = False,
     strict: bool | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> Any:
     """Install SLA with the settings and projections of a state file; returns what was passed. All or nothing.
 
     Args:
         model_or_pipe: A diffusers model or pipeline, with SLA installed or not.
-        source: The file, a folder that has one, or the dict in it.
+        source: The file, a folder that has one, a repository on the Hub such as "user/repo", or the dict in a file.
         config: Settings to use instead of the file's; only with `override` where they contradict.
         override: Let `config`, or the settings installed, win over those in the file.
         strict: See SLAAttnProcessor.
+        weight_name: Name of the file, where it is neither `sla_attention.safetensors` nor `sla_attention.pt`.
+        subfolder: Folder of the file inside `source`.
+        revision, token, cache_dir, local_files_only, force_download: As in `DiffusionPipeline.from_pretrained`.
 
     Raises:
         SLAStateNotFoundError, SLAStateFormatError, SLAStateVersionError: See `read_state`.
+        SLAHubError: The repository, its revision or its file is not there, or cannot be reached. An OSError.
         SLAStateMismatchError: The file is for other layers or head sizes.
         SLASettingsConflictError: Its settings contradict those passed or installed.
     """
-    state = read_state(source)
+    remote = Remote("", revision, subfolder, token, cache_dir, local_files_only, force_download)
+    state = read_state(source if isinstance(source, Mapping) else locate_state(source, weight_name, remote))
     expected = self_attention_layers(model_or_pipe)
     installed = sla_layers(model_or_pipe)
     wanted = SLAConfig.parse(config) if config is not None else None
     if wanted is None and installed:
         wanted = next(iter(installed.values())).config
     chosen = _settings(state, wanted, override)
-    tensors = _fit(state, expected, chosen)
+    tensors = fit(state, expected, chosen)
 
     apply_sla(model_or_pipe, chosen, strict=strict)
     with torch.no_grad():
@@ -109,7 +131,7 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
     if not installed:
         raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
     chosen = _settings(state, next(iter(installed.values())).config, override=False)
-    tensors = _fit(state, self_attention_layers(model_or_pipe), chosen)
+    tensors = fit(state, self_attention_layers(model_or_pipe), chosen)
     for name, layer in installed.items():
         if ("proj_s.weight" in tensors[name]) != (layer.state.proj_s_weight is not None):
             raise SLAStateMismatchError(
@@ -123,49 +145,41 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
     return state
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter on CPU, gathered from every process where FSDP2 has cut it up."""
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu().clone()
+def locate_state(source: str | os.PathLike, weight_name: str | None, remote: Remote) -> Path:
+    """Where the state file that `source` names is, downloaded if `source` is a repository. `remote` says how.
+
+    Raises:
+        SLAStateNotFoundError, SLAHubError: It is not there.
+    """
+    if isinstance(source, str) and is_repo_id(source):
+        remote.repo_id = source
+        return download(remote, *([weight_name] if weight_name else [SAFETENSORS_NAME, PT_NAME]))
+    path = Path(source)
+    if not path.exists():
+        raise SLAStateNotFoundError(
+            f"there is no file or folder {str(path)!r}, and it is not a repository on the Hub such as 'user/name'"
+        )
+    if path.is_file():
+        return path
+    return path / (remote.subfolder or "") / (weight_name or "")
 
 
-def _copy(tensor: torch.Tensor, parameter: Any) -> None:
-    if hasattr(parameter, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+def fit(state: SLAState, expected: Mapping[str, int], config: SLAConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """The file's tensors for the layers of a model, every one of them, checked.
 
-        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(tensor)
+    Args:
+        expected: Head size by layer, as `self_attention_layers` gives it.
 
-
-def _settings(state: SLAState, wanted: SLAConfig | None, override: bool) -> SLAConfig:
-    if state.settings is None:
-        if wanted is None:
-            raise SLASettingsConflictError("the file holds no settings; pass config=SLAConfig(...)")
-        return wanted
-    try:
-        stored = SLAConfig.parse(state.settings)
-    except SLAConfigError as error:
-        raise SLAStateFormatError(f"the file's settings are wrong: {error}") from error
-    if wanted is None or wanted == stored:
-        return stored
-    if override:
-        return wanted
-    differing = [
-        f"{name} is {value!r} in the file and {wanted.to_dict()[name]!r} here"
-        for name, value in stored.to_dict().items()
-        if wanted.to_dict()[name] != value
-    ]
-    raise SLASettingsConflictError(f"{'; '.join(differing)}. override=True keeps what is here")
-
-
-def _fit(state: SLAState, expected: dict[str, int], config: SLAConfig) -> dict[str, dict[str, torch.Tensor]]:
-    """The file's tensors by the model's layers, every one of them, checked."""
+    Raises:
+        SLAStateMismatchError: The file is for other layers or head sizes, or lacks a tensor the settings need.
+    """
     if state.by_head_dim:
         missing = sorted(set(expected.values()) - set(state.by_head_dim))
         if missing:
             raise SLAStateMismatchError(
                 f"the file has projections for head sizes {sorted(state.by_head_dim)}, the model needs {missing[0]}"
             )
-        layers = {name: state.by_head_dim[head_dim] for name, head_dim in expected.items()}
+        layers: dict[str, Any] = {name: state.by_head_dim[head_dim] for name, head_dim in expected.items()}
     else:
         layers = _renamed(state.layers, expected)
     for problem, names in (
@@ -188,13 +202,73 @@ def _fit(state: SLAState, expected: dict[str, int], config: SLAConfig) -> dict[s
                 raise SLAStateMismatchError(
                     f"{name}.{key} is for head size {tensor.shape[0]}, the layer has {head_dim}"
                 )
+        if (
+            "phi_k.weight" in needed
+            and config.tie_feature_map_qk
+            and not torch.equal(tensors["phi_q.weight"], tensors["phi_k.weight"])
+        ):
+            raise SLAStateMismatchError(f"the settings tie phi_q and phi_k, and the file has two of them for {name}")
     usable = needed | {"proj_s.weight"}
     return {name: {key: t for key, t in layers[name].items() if key in usable} for name in expected}
 
 
-def _renamed(layers: dict[str, Any], expected: dict[str, int]) -> dict[str, Any]:
+def parse_settings(state: SLAState) -> SLAConfig:
+    """The settings in a file.
+
+    Raises:
+        SLASettingsConflictError: It holds none, as those of other projects.
+        SLAStateFormatError: One of them is unknown or out of range.
+    """
+    if state.settings is None:
+        raise SLASettingsConflictError("the file holds no settings; pass config=SLAConfig(...)")
+    try:
+        return SLAConfig.parse(state.settings)
+    except SLAConfigError as error:
+        raise SLAStateFormatError(f"the file's settings are wrong: {error}") from error
+
+
+def _settings(state: SLAState, wanted: SLAConfig | None, override: bool) -> SLAConfig:
+    if state.settings is None and wanted is not None:
+        return wanted
+    stored = parse_settings(state)
+    if wanted is None or wanted == stored:
+        return stored
+    if override:
+        return wanted
+    differing = [
+        f"{name} is {value!r} in the file and {wanted.to_dict()[name]!r} here"
+        for name, value in stored.to_dict().items()
+        if wanted.to_dict()[name] != value
+    ]
+    raise SLASettingsConflictError(f"{'; '.join(differing)}. override=True keeps what is here")
+
+
+def _renamed(layers: dict[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:
     """A bare model is called "transformer" or "unet", whatever component of a pipeline it was saved as."""
     ours, theirs = ({name.partition(".")[0] for name in names} for names in (expected, layers))
     if len(ours) == len(theirs) == 1 and ours != theirs:
         return {f"{min(ours)}.{name.partition('.')[2]}": tensors for name, tensors in layers.items()}
     return layers
+
+
+def _provenance(model_or_pipe: Any) -> dict[str, Any]:
+    models = {name: type(model).__name__.removeprefix("FSDP") for name, model in denoisers(model_or_pipe).items()}
+    versions = {name: version(name).split("+")[0] for name in ("torch", "diffusers")}
+    meta: dict[str, Any] = {"models": models, "versions": versions}
+    named = str(getattr(getattr(model_or_pipe, "config", None), "_name_or_path", "") or "")
+    if is_repo_id(named):  # a local path says nothing to others, and something about its owner
+        meta["base_model"] = named
+    return meta
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter on CPU, gathered from every process where FSDP2 has cut it up."""
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().cpu().clone()
+
+
+def _copy(tensor: torch.Tensor, parameter: Any) -> None:
+    if hasattr(parameter, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    parameter.copy_(tensor)

@@ -74,6 +74,13 @@ class Commit:
     author: str
     date: str
 
+    def upload_mode(self, file: dict[str, Any]) -> dict[str, Any]:
+        """How the client shall send a file of a next commit; the oid lets it drop what has not changed."""
+        big = file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_THRESHOLD
+        old = self.tree.get(file["path"])
+        mode = {"path": file["path"], "uploadMode": "lfs" if big else "regular", "shouldIgnore": False}
+        return mode | ({"oid": old.sha256 or old.oid} if old else {})
+
 
 @dataclass
 class Repo:
@@ -157,6 +164,17 @@ class Repo:
             raise RefusedError(404, f"{path} does not exist on this revision", "EntryNotFound")
         return found
 
+    def refs_json(self, *, with_prs: bool) -> dict[str, Any]:
+        def group(prefix: str) -> list[dict[str, str]]:
+            return [
+                {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
+                for ref, oid in self.refs.items()
+                if ref.startswith(prefix)
+            ]
+
+        refs = {"branches": group("refs/heads/"), "tags": group("refs/tags/"), "converts": []}
+        return refs | ({"pullRequests": group("refs/pr/")} if with_prs else {})
+
     def apply(self, commit: Commit, lines: list[dict[str, Any]], blobs: "Blobs") -> dict[str, Entry]:
         """The tree that a commit's operations make of `commit`'s."""
         tree = dict(commit.tree)
@@ -197,6 +215,17 @@ class Repo:
 def front_matter(readme: bytes) -> dict[str, Any]:
     match = re.match(rb"---\s*\n(.*?)\n---\s*(\n|$)", readme, re.DOTALL)
     return yaml.safe_load(match[1]) or {} if match else {}
+
+
+def validate_yaml(content: str) -> dict[str, Any]:
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", content, re.DOTALL)
+    errors, warnings = [], [] if match else [{"message": "empty or missing yaml metadata in repo card"}]
+    try:
+        if match and not isinstance(yaml.safe_load(match[1]), dict):
+            errors.append({"message": "yaml metadata must be a mapping"})
+    except yaml.YAMLError as error:
+        errors.append({"message": str(error).splitlines()[0]})
+    return {"errors": errors, "warnings": warnings}
 
 
 class Blobs:

@@ -225,9 +225,7 @@ def _nth_largest(scratch, keys, n, num_k_blocks, count, ROWS: tl.constexpr, BLOC
     bit = tl.full([ROWS], 1, tl.uint32) << 31
     for _ in range(32):
         candidate = cut | bit
-        cut = tl.where(
-            _count(scratch, keys, n, num_k_blocks, candidate, ROWS, BLOCK_N, ONE) >= count, candidate, cut
-        )
+        cut = tl.where(_count(scratch, keys, n, num_k_blocks, candidate, ROWS, BLOCK_N, ONE) >= count, candidate, cut)
         bit = bit >> 1
     return cut
 
