@@ -1,6 +1,6 @@
 """Sparse-Linear Attention (arXiv:2509.24006) for Hugging Face Diffusers."""
 
-from .apply import apply_sla, record, remove_sla, sla_disabled, sla_layers, sla_parameters, sla_report
+from .apply import apply_sla, record, remove_sla, sla_disabled, sla_layers, sla_parameters, sla_step
 from .config import SLAConfig
 from .errors import (
     SLAConfigError,
@@ -16,6 +16,7 @@ from .errors import (
 )
 from .kernel import select_blocks, sla_attention
 from .processor import SLAAttnProcessor
+from .report import sla_report
 from .setter import install as _teach_diffusers
 from .weights import load_sla_weights, save_sla_weights
 
@@ -47,4 +48,5 @@ __all__ = [
     "sla_layers",
     "sla_parameters",
     "sla_report",
+    "sla_step",
 ]

@@ -1,8 +1,6 @@
-"""Putting SLA into models and pipelines, taking it out again, and reporting what ran."""
+"""Putting SLA into models and pipelines, taking it out again, and watching it work."""
 
 import contextlib
-import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import SLAConfig
-from .errors import SLAUnsupportedError
-from .families import FAMILIES, family_of, is_known, is_self_attention
+from .denoising import Denoising, install, remove
+from .errors import SLAConfigError, SLAUnsupportedError
+from .families import FAMILIES, REFUSED, family_of, is_known, is_self_attention
 from .kernel.api import MAX_HEAD_DIM
 from .processor import WEIGHTS, BoundSLAAttnProcessor, bind
 
@@ -22,43 +21,72 @@ def denoisers(model_or_pipe: Any) -> dict[str, Any]:
     """The models SLA may go into: a pipeline's by component name, a bare one as "unet" or "transformer".
 
     Raises:
-        SLAUnsupportedError: There is none of a known class; names what there is.
+        SLAUnsupportedError: There is none of a known class; names what there is, and why it is not served.
     """
-    components = getattr(model_or_pipe, "components", None)
-    if isinstance(model_or_pipe, nn.Module):
-        model = getattr(model_or_pipe, "_orig_mod", model_or_pipe)
-        components = {"unet" if type(model).__name__.startswith("UNet") else "transformer": model}
-    if not isinstance(components, Mapping):
-        raise SLAUnsupportedError(f"a diffusers model or pipeline is needed, got {type(model_or_pipe).__name__}")
-    models = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
-    models = {name: part for name, part in models.items() if isinstance(part, nn.Module)}
+    models = component_models(model_or_pipe)
     known = {name: part for name, part in models.items() if is_known(part)}
     if not known:
-        classes = ", ".join(sorted(type(part).__name__ for part in models.values())) or "no model"
-        raise SLAUnsupportedError(f"SLA knows no attention layer of {classes}; it knows {', '.join(FAMILIES)}")
+        classes = [type(part).__name__ for part in models.values()]
+        refused = next((name for name in classes if name in REFUSED), None)
+        if refused:
+            raise SLAUnsupportedError(f"SLA has no attention layer to serve in {refused}: {REFUSED[refused]}")
+        found = ", ".join(sorted(classes)) or "no model"
+        raise SLAUnsupportedError(f"SLA knows no attention layer of {found}; it knows {', '.join(FAMILIES)}")
     return known
 
 
-def self_attention_layers(model_or_pipe: Any) -> dict[str, int]:
-    """Head size of every layer that SLA serves, whether it is installed or not.
+def component_models(model_or_pipe: Any) -> dict[str, nn.Module]:
+    components = getattr(model_or_pipe, "components", None)
+    if isinstance(model_or_pipe, nn.Module):
+        model = getattr(model_or_pipe, "_orig_mod", model_or_pipe)
+        components = {"unet" if "UNet" in type(model).__name__ else "transformer": model}
+    if not isinstance(components, Mapping):
+        raise SLAUnsupportedError(f"a diffusers model or pipeline is needed, got {type(model_or_pipe).__name__}")
+    models = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
+    return {name: part for name, part in models.items() if isinstance(part, nn.Module)}
+
+
+def _family_layers(model: nn.Module) -> dict[str, Any]:
+    family = family_of(model)
+    return {
+        path: attn
+        for path, attn in model.named_modules()
+        if hasattr(attn, "processor") and is_self_attention(family, path, attn)
+    }
+
+
+def self_attention_layers(
+    model_or_pipe: Any, config: SLAConfig | Mapping[str, Any] | str | None = None
+) -> dict[str, int]:
+    """Head size of every layer that SLA serves under `config`, whether it is installed or not.
 
     Raises:
         SLAUnsupportedError: No model of a known class, one without such a layer, or a head size over 256.
+        SLAConfigError: `dense_layers` names a layer that there is not, or leaves none.
     """
+    config = SLAConfig.parse(config)
     layers: dict[str, int] = {}
-    for component, model in denoisers(model_or_pipe).items():
-        family = family_of(model)
-        found = {
-            f"{component}.{path}": _head_dim(attn)
-            for path, attn in model.named_modules()
-            if hasattr(attn, "processor") and is_self_attention(family, path, attn)
-        }
+    named: set[int | str] = set()
+    models = denoisers(model_or_pipe)
+    for component, model in models.items():
+        found = _family_layers(model)
         if not found:
             raise SLAUnsupportedError(f"{type(model).__name__} has no attention layer that SLA can serve")
-        for name, head_dim in found.items():
-            if head_dim > MAX_HEAD_DIM:
-                raise SLAUnsupportedError(f"{name}: head size {head_dim} is over {MAX_HEAD_DIM}")
-        layers |= found
+        for number, (path, attn) in enumerate(found.items()):
+            name = f"{component}.{path}"
+            ways = [way for way in (number, number - len(found), path, name) if way in config.dense_layers]
+            named.update(ways)
+            if ways:
+                continue
+            layers[name] = _head_dim(attn)
+            if layers[name] > MAX_HEAD_DIM:
+                raise SLAUnsupportedError(f"{name}: head size {layers[name]} is over {MAX_HEAD_DIM}")
+    unknown = [entry for entry in config.dense_layers if entry not in named]
+    if unknown:
+        sizes = ", ".join(f"{name} has {len(_family_layers(model))}" for name, model in models.items())
+        raise SLAConfigError(f"dense_layers: there is no layer {unknown[0]!r}; {sizes} that SLA can serve")
+    if not layers:
+        raise SLAConfigError("dense_layers leaves no layer for SLA")
     return layers
 
 
@@ -70,7 +98,8 @@ def apply_sla(
     Applied again it takes the new settings and keeps the projections that the layers have, where their shapes allow.
 
     Args:
-        model_or_pipe: A diffusers model, or a pipeline (all of its denoisers).
+        model_or_pipe: A diffusers model, or a pipeline (all of its denoisers). `dense_steps` needs the pipeline: its
+            scheduler counts the steps.
         config: Settings; SLAConfig's defaults when None.
         strict: See SLAAttnProcessor.
 
@@ -80,26 +109,35 @@ def apply_sla(
         SLAConfigError: A setting is unknown or out of range.
     """
     config = SLAConfig.parse(config)
+    wanted = self_attention_layers(model_or_pipe, config)
+    pipe = None if isinstance(model_or_pipe, nn.Module) else model_or_pipe
     planned = []
-    models = denoisers(model_or_pipe)
-    for name, head_dim in self_attention_layers(model_or_pipe).items():
-        component, _, path = name.partition(".")
-        model = models[component]
-        attn = model.get_submodule(path)
+    for component, model in denoisers(model_or_pipe).items():
         family = family_of(model)
-        old = attn.processor
-        native = old.native if isinstance(old, BoundSLAAttnProcessor) else old
-        device = next(attn.parameters()).device
-        new = bind(native, head_dim, config, strict=strict, text=family.text, device=device)
-        if isinstance(old, BoundSLAAttnProcessor):
-            _keep_weights(old, new)
-        joined = family.joined and re.search(family.joined, path)
-        planned.append((attn, new, model.get_submodule(path.rpartition(".")[0]) if joined else None))
-    for attn, new, block in planned:
-        _set_processor(attn, new)
-        new.train(attn.training)
-        if block is not None and not hasattr(block, "_sla_text_hook"):
-            block._sla_text_hook = block.register_forward_pre_hook(_note_text_length, with_kwargs=True)
+        before = model.__dict__.get("_sla_denoising")
+        if pipe is None and before is not None and before.pipe is not None:
+            denoising = Denoising(family, config, model, before.pipe())
+        else:
+            denoising = Denoising(family, config, model, pipe)
+        processors = []
+        for path, attn in _family_layers(model).items():
+            old = attn.processor
+            native = old.native if isinstance(old, BoundSLAAttnProcessor) else old
+            head_dim = wanted.get(f"{component}.{path}")
+            if head_dim is None:
+                processors.append((attn, native))
+                continue
+            device = next(attn.parameters()).device
+            new = bind(native, head_dim, config, family, denoising, strict=strict, device=device)
+            if isinstance(old, BoundSLAAttnProcessor):
+                keep_weights(old, new)
+            new.train(attn.training)
+            processors.append((attn, new))
+        planned.append((model, denoising, processors))
+    for model, denoising, processors in planned:
+        for attn, new in processors:
+            set_processor(attn, new)
+        install(model, denoising)
     return model_or_pipe
 
 
@@ -109,10 +147,8 @@ def remove_sla(model_or_pipe: Any) -> Any:
         for module in model.modules():
             processor = getattr(module, "processor", None)
             if isinstance(processor, BoundSLAAttnProcessor):
-                _set_processor(module, processor.native)
-            if hasattr(module, "_sla_text_hook"):
-                module._sla_text_hook.remove()
-                del module._sla_text_hook
+                set_processor(module, processor.native)
+        remove(model)
     return model_or_pipe
 
 
@@ -146,9 +182,28 @@ def sla_disabled(model_or_pipe: Any) -> Iterator[None]:
             layer.enabled = enabled
 
 
+@contextlib.contextmanager
+def sla_step(model_or_pipe: Any, step: int, num_steps: int) -> Iterator[None]:
+    """Say which denoising step the calls inside belong to, for `dense_steps` in a loop of your own.
+
+    Args:
+        step: Number of the step, from 0.
+        num_steps: How many there are.
+    """
+    notes = [model._sla_denoising for model in denoisers(model_or_pipe).values() if hasattr(model, "_sla_denoising")]
+    for denoising in notes:
+        denoising.step = (step, num_steps)
+    try:
+        yield
+    finally:
+        for denoising in notes:
+            denoising.step = None
+
+
 @dataclass
 class AttentionRecord:
-    """One attention call: query, key, value, output [B, H, L, D]; kept: text tokens at the front and the back."""
+    """One attention call: query, key, value, output [B, H, L, D]; kept, kept_keys: text tokens at the front and the
+    back, of the queries and of the keys (they differ only where the text is among the keys alone)."""
 
     layer: str
     query: Tensor
@@ -157,6 +212,7 @@ class AttentionRecord:
     output: Tensor
     key_mask: Tensor | None
     kept: tuple[int, int]
+    kept_keys: tuple[int, int]
     config: SLAConfig
 
 
@@ -169,7 +225,8 @@ def record(model_or_pipe: Any, layers: list[str] | None = None) -> Iterator[list
         def watch(processor, query, key, value, key_mask, kept, run):
             output = run()
             q, k, v, o = (x.detach() for x in (query, key, value, output))
-            records.append(AttentionRecord(name, q, k, v, o, key_mask, kept, processor.config))
+            kept_keys = processor.kept_keys(query, key, kept)
+            records.append(AttentionRecord(name, q, k, v, o, key_mask, kept, kept_keys, processor.config))
             return output
 
         return watch
@@ -238,76 +295,32 @@ def watch_attention(model_or_pipe: Any, watchers: Mapping[str, Callable[..., Ten
             layers[name].watch = watch_before
 
 
-@dataclass
-class LayerReport:
-    """How a layer ran: `runs` is "sla" or "native"; dense calls by reason. Calls inside compiled graphs count 0."""
-
-    runs: str
-    calls_sla: int = 0
-    calls_dense: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class SLAReport:
-    """What `sla_report` found, layer by layer. str() gives a table."""
-
-    layers: dict[str, LayerReport]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: vars(layer) for name, layer in self.layers.items()}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        rows = [("layer", "runs", "SLA calls", "dense calls")]
-        for name, layer in self.layers.items():
-            dense = "; ".join(f"{count} ({reason})" for reason, count in layer.calls_dense.items()) or "0"
-            rows.append((name, layer.runs, str(layer.calls_sla), dense if layer.runs == "sla" else "-"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
-def sla_report(model_or_pipe: Any) -> SLAReport:
-    """Which attention layers run SLA, how many calls they served, how many ran dense, and why."""
-    layers = {}
-    for component, model in denoisers(model_or_pipe).items():
-        for path, module in model.named_modules():
-            processor = getattr(module, "processor", None)
-            if processor is None or not callable(processor):
-                continue
-            if isinstance(processor, BoundSLAAttnProcessor):
-                report = LayerReport("sla", processor.calls_sla, dict(processor.calls_dense))
-            else:
-                report = LayerReport("native")
-            layers[f"{component}.{path}"] = report
-    return SLAReport(layers)
-
-
 def _head_dim(attn: Any) -> int:
-    heads = getattr(attn, "heads", None) or getattr(attn, "num_heads", None)
-    return (getattr(attn, "inner_dim", None) and attn.inner_dim // heads) or attn.to_q.out_features // heads
+    for name in ("head_dim", "dim_heads"):
+        if isinstance(getattr(attn, name, None), int):
+            return getattr(attn, name)
+    heads = getattr(attn, "heads", None) or attn.num_heads
+    if getattr(attn, "inner_dim", None):
+        return attn.inner_dim // heads
+    return (attn.to_q if hasattr(attn, "to_q") else attn.to_query).out_features // heads
 
 
-def _set_processor(attn: nn.Module, processor: Any) -> None:
+def set_processor(attn: nn.Module, processor: Any) -> None:
+    """Make `processor` the processor of `attn`."""
     # An nn.Module lives in _modules and anything else in __dict__: neither may stay behind under the other.
     attn._modules.pop("processor", None)
     attn.__dict__.pop("processor", None)
     attn.processor = processor
 
 
-def _keep_weights(old: BoundSLAAttnProcessor, new: BoundSLAAttnProcessor) -> None:
+def keep_weights(old: BoundSLAAttnProcessor, new: BoundSLAAttnProcessor) -> None:
+    """Copy the projections of one bound processor into another, where their shapes allow."""
     if old.state.proj_s_weight is not None and old.state.head_dim == new.state.head_dim:
         new.state.add_proj_s()
     for name in WEIGHTS:
         weight, kept = getattr(new.state, name), getattr(old.state, name)
         if weight is not None and kept is not None and weight.shape == kept.shape:
             weight.data.copy_(kept.data)
-
-
-def _note_text_length(block, args, kwargs):
-    text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-    block.attn.processor.text_length = None if text is None else text.shape[1]
 
 
 def _wait(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from .errors import SLAConfigError
 BLOCK_SIZES = (16, 32, 64, 128)
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
+MIN_LENGTH = {"cuda": 1024}  # tokens from which on SLA is faster than dense attention, benchmarks/gpu_together.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,12 @@ class SLAConfig:
             each query block (the paper, eq. 5), or "none" (sparse only).
         skip: Share of key blocks, those of lowest score, that neither branch sees, in [0, 1). Only
             linear="marginal" tells them from the marginal ones.
+        dense_layers: Self-attention layers that stay native, by number in the model (negative: from its end) or by
+            path, such as [0, 1, -1] or ["blocks.0.attn1"]. A layer that stays native has no projection.
+        dense_steps: Denoising steps in which every layer runs dense, by number (negative: from the last), such as
+            [0, 1, -1].
+        min_length: Calls of fewer queries run dense. None: where dense is faster, as measured: MIN_LENGTH tokens on a
+            GPU; on other devices, which are for trying things out, every length runs SLA.
 
     Raises:
         SLAConfigError: A value is out of range; names the setting, the value and what is allowed.
@@ -41,6 +48,9 @@ class SLAConfig:
     tie_feature_map_qk: bool = True
     linear: str = "all"
     skip: float = 0.0
+    dense_layers: tuple[int | str, ...] = ()
+    dense_steps: tuple[int, ...] = ()
+    min_length: int | None = None
 
     def __post_init__(self):
         _check_number("topk", self.topk, lambda x: 0 < x <= 1, "a number in (0, 1]")
@@ -51,12 +61,16 @@ class SLAConfig:
         _check_choice("linear", self.linear, LINEAR_MODES)
         if not isinstance(self.tie_feature_map_qk, bool):
             raise SLAConfigError(f"tie_feature_map_qk must be true or false, got {self.tie_feature_map_qk!r}")
+        for name, kinds, what in (("dense_layers", int | str, "numbers or paths"), ("dense_steps", int, "numbers")):
+            object.__setattr__(self, name, _listed(name, getattr(self, name), kinds, what))  # hashable, in any case
+        if self.min_length is not None:
+            _check_number("min_length", self.min_length, lambda x: isinstance(x, int) and x >= 0, "an integer >= 0")
         if self.topk + self.skip > 1:
             raise SLAConfigError(f"topk + skip must not exceed 1, got {self.topk} + {self.skip}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of every setting, as written into state files."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def kernel_settings(self) -> dict[str, Any]:
         """The settings that `sla_attention` takes, by its names."""
@@ -96,6 +110,12 @@ def _parse_dict(text: str) -> Any:
                 f"sla_config is neither JSON nor a Python dict: {text!r} ({json_error}); "
                 """an example: '{"topk": 0.15, "blkq": 32}'"""
             ) from json_error
+
+
+def _listed(name, value, kinds, what):
+    if not isinstance(value, list | tuple) or any(isinstance(x, bool) or not isinstance(x, kinds) for x in value):
+        raise SLAConfigError(f"{name} must be a list of {what}, got {value!r}")
+    return tuple(value)
 
 
 def _check_number(name, value, allowed, what):

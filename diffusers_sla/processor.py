@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from .config import SLAConfig
+from .config import MIN_LENGTH, SLAConfig
+from .denoising import Denoising
 from .errors import SLAUnsupportedError
+from .families import Family
 from .kernel import sla_attention
+from .parallel import Ulysses, ulysses
 from .rewrite import rewritten
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,10 @@ class SLAAttnProcessor:
             "this SLAAttnProcessor belongs to no layer yet; install it with model.set_attn_processor(...) "
             "or apply_sla(model)"
         )
+
+
+class Again(SLAAttnProcessor):
+    """In a dict for `set_attn_processor`: the layer keeps the SLA processor that it has."""
 
 
 class SLALayer(nn.Module):
@@ -108,15 +115,25 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
     """The processor of one layer. Made by `bind`; its classes also derive from the layer's native processor."""
 
     native_class: type
+    native: Any  # the processor in whose place this one stands
 
-    def _setup(self, native: Any, head_dim: int, config: SLAConfig, strict: bool | None, text: str | None, device):
+    def __new__(cls, *args: Any, **kwargs: Any):
+        # When IP-Adapters come and go, Diffusers makes a new processor of each other layer's class.
+        return Again()
+
+    def _setup(self, native, head_dim: int, config: SLAConfig, strict: bool | None, family: Family, denoising, device):
         nn.Module.__init__(self)
-        self.__dict__.update(vars(native))
-        self.native = native
+        if isinstance(native, nn.Module):  # an IP-Adapter's: its weights are this processor's, too
+            self.__dict__.update({k: v for k, v in vars(native).items() if k not in self.__dict__})
+            self._parameters.update(native._parameters)
+            self._modules.update(native._modules)
+        else:
+            self.__dict__.update(vars(native))
+        self.__dict__["native"] = native  # not as a submodule: its weights would be there twice
         self.config = config
         self.strict = strict
-        self.text = text  # where the text tokens sit: "first", "last" or None
-        self.text_length: int | None = None  # set before the call where the block joins text and image by itself
+        self.family = family
+        self.denoising: Denoising = denoising
         self.enabled = True
         self.calls_sla = 0
         self.calls_dense: collections.Counter[str] = collections.Counter()
@@ -136,9 +153,14 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
                 backend=backend, parallel_config=parallel_config,
             ).transpose(1, 2)  # fmt: skip
 
+        mask = attn_mask
+        if isinstance(mask, Tensor) and mask.shape == (query.shape[0], key.shape[1]):
+            mask = mask[:, None, None]
+        exchange, reason = ulysses(parallel_config, query.shape[2], key.shape[2])
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        reason = None if parallel_config is None else "context parallelism is on"
-        return self._attend(q, k, v, attn_mask, dropout_p, is_causal, scale, context, dense, reason).transpose(1, 2)
+        return self._attend(q, k, v, mask, dropout_p, is_causal, scale, context, dense, exchange, reason).transpose(
+            1, 2
+        )
 
     def attend_bhld(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
@@ -151,27 +173,46 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-        return self._attend(query, key, value, attn_mask, dropout_p, is_causal, scale, context, dense, None)
+        return self._attend(query, key, value, attn_mask, dropout_p, is_causal, scale, context, dense)
 
-    def _attend(self, query, key, value, mask, dropout_p, is_causal, scale, context, dense, reason):
+    def _attend(
+        self, query, key, value, mask, dropout_p, is_causal, scale, context, dense,
+        exchange: Ulysses | None = None, reason: str | None = None,
+    ):  # fmt: skip
+        ranks = 1 if exchange is None else exchange.degree
+        Lq, Lk = query.shape[2] * ranks, key.shape[2] * ranks
+        choice = self._choice(query, Lq, Lk, is_causal)
+        keep_q = keep_k = (0, 0)
         key_mask = None
-        if mask is not None and reason is None:
-            key_mask, reason = _key_mask(mask, query, key)
-        keep = self._kept_tokens(context)
-        if reason is None:
-            reason = self._refusal(query, key, dropout_p, is_causal, keep)
-        if not self.enabled:
-            reason = "disabled"
-        if reason is None:
+        if choice is None:
+            reason = reason or self._refusal(query, dropout_p, is_causal)
+            if reason is None:
+                keep_q, keep_k, reason = self._kept(Lq, Lk, mask is not None, context, ranks)
+            if reason is None and mask is not None:
+                row = -1 if self.family.text == "first" else 0
+                key_mask, reason = _key_mask(mask, query, key, self.family.mask, row)
+            if reason is not None:
+                self._refuse(reason)
+        reason = choice or reason
+        if reason is not None:
+            run = dense
+        elif exchange is None:
 
             def run():
                 return self.state(
-                    query, key, value, self.config, scale=scale, key_mask=key_mask, keep_q=keep, keep_k=keep
+                    query, key, value, self.config, scale=scale, key_mask=key_mask, keep_q=keep_q, keep_k=keep_k
                 )
 
         else:
-            self._refuse(reason)
-            run = dense
+
+            def run():
+                text = 0 if self.family.packed else sum(keep_q) // ranks
+                side = self.family.text
+                q, k, v = (exchange.whole(x, text, side) for x in (query, key, value))
+                whole_mask = None if key_mask is None else exchange.mask(key_mask, text, side)
+                o = self.state(q, k, v, self.config, scale=scale, key_mask=whole_mask, keep_q=keep_q, keep_k=keep_k)
+                return exchange.part(o, text, side)
+
         if not torch.compiler.is_compiling():
             if reason is None:
                 self.calls_sla += 1
@@ -179,32 +220,66 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
                 self.calls_dense[reason] += 1
         if self.watch is None:
             return run()
-        return self.watch(self, query, key, value, key_mask, keep, run)
+        return self.watch(self, query, key, value, key_mask, keep_q, run)
 
-    def _kept_tokens(self, context):
-        if self.text is None:
-            return (0, 0)
-        length = self.text_length if context is None else context.shape[1]
-        return (length or 0, 0) if self.text == "first" else (0, length or 0)
+    def _choice(self, query, Lq: int, Lk: int, is_causal: bool) -> str | None:
+        """Why this call is not meant to run SLA, if so."""
+        if not self.enabled:
+            return "disabled"
+        if self.denoising.dense:
+            return "dense_steps"
+        limit = MIN_LENGTH.get(query.device.type, 0) if self.config.min_length is None else self.config.min_length
+        if Lq < limit:
+            return f"fewer than {limit} tokens"
+        if is_causal and self.family.causal:
+            return "the text attends to itself"
+        if Lq != Lk and isinstance(self.native, nn.Module):
+            return "cross-attention to an image prompt"
+        return None
 
-    def _refusal(self, query, key, dropout_p, is_causal, keep) -> str | None:
+    def _refusal(self, query, dropout_p: float, is_causal: bool) -> str | None:
+        """Why SLA cannot serve this call, if so."""
         if is_causal:
             return "the call is causal"
         if dropout_p:
             return f"attention dropout is {dropout_p}"
-        if query.shape[2] != key.shape[2]:
-            return f"queries and keys differ in number: {query.shape[2]} and {key.shape[2]}"
         if query.shape[-1] != self.state.head_dim:
             return f"the head size is {query.shape[-1]}, the layer was set up for {self.state.head_dim}"
         if query.dtype not in DTYPES:
             return f"dtype {query.dtype} is not one of {', '.join(map(str, DTYPES))}"
-        if sum(keep) >= query.shape[2]:
-            return "there are only text tokens"
+        if _scores_are_skipped():
+            return "a guider skips the attention scores"
         return None
 
+    def _kept(self, Lq: int, Lk: int, masked: bool, context, ranks: int):
+        """Tokens kept (first, last) of the queries and of the keys, or the reason why that is not known."""
+        family = self.family
+        side = family.text_if_masked if masked and family.text_if_masked else family.text
+        if family.extra_keys:
+            if Lk < Lq:
+                return (0, 0), (0, 0), f"there are {Lk} keys for {Lq} queries, which should be among them"
+            return (0, 0), (Lk - Lq, 0) if side == "first" else (0, Lk - Lq), None
+        if Lq != Lk:
+            return (0, 0), (0, 0), f"queries and keys differ in number: {Lq} and {Lk}"
+        text = 0
+        if side is not None:
+            if self.denoising.image_tokens is not None:
+                text = max(0, Lq - self.denoising.image_tokens)  # a layer may see a part of the image only
+            elif context is not None:
+                text = context.shape[1] * ranks
+        if text >= Lq:
+            return (0, 0), (0, 0), "there are only text tokens"
+        keep = (text, 0) if side == "first" else (0, text)
+        return keep, keep, None
+
+    def kept_keys(self, query: Tensor, key: Tensor, kept: tuple[int, int]) -> tuple[int, int]:
+        """Keys kept (first, last) in a call that keeps `kept` queries: others where the text is among keys only."""
+        extra = key.shape[2] - query.shape[2] if self.family.extra_keys else 0
+        if not extra:
+            return kept
+        return (extra, 0) if self.family.text == "first" else (0, extra)
+
     def _refuse(self, reason: str) -> None:
-        if reason == "disabled":
-            return
         if self.training if self.strict is None else self.strict:
             raise SLAUnsupportedError(
                 f"SLA cannot serve a call of {self.native_class.__name__}: {reason}. "
@@ -219,38 +294,52 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
 
 def _empty(native_class: type) -> BoundSLAAttnProcessor:
     made: Any = rewritten(native_class, BoundSLAAttnProcessor)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def bind(
     native: Any,
     head_dim: int,
     config: SLAConfig,
+    family: Family,
+    denoising: Denoising,
     *,
     strict: bool | None,
-    text: str | None,
     device: torch.device | None,
 ) -> BoundSLAAttnProcessor:
     """The processor of one layer, in place of `native`.
 
     Raises:
-        SLAUnsupportedError: The native processor makes no attention call, or has weights of its own.
+        SLAUnsupportedError: The native processor makes no attention call.
     """
-    if isinstance(native, nn.Module):
-        raise SLAUnsupportedError(f"{type(native).__name__} has weights of its own (IP-Adapter, for example)")
-    return _empty(type(native))._setup(native, head_dim, config, strict, text, device)
+    return _empty(type(native))._setup(native, head_dim, config, strict, family, denoising, device)
 
 
-def _key_mask(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor | None, str | None]:
-    """[B, Lk] bool of a mask that hides the same keys from every query, or the reason why it is none."""
+def _key_mask(mask: Any, query: Tensor, key: Tensor, kind: str | None, row: int) -> tuple[Tensor | None, str | None]:
+    """[B, Lk] bool of a mask that hides the same keys from every image query, or the reason why it is none.
+
+    Only shapes, strides and the family's `kind` are looked at, never the values: the device is not waited for.
+    """
     B, Lq, Lk = query.shape[0], query.shape[2], key.shape[2]
-    if mask.dtype != torch.bool:
-        return None, f"the attention mask is {mask.dtype}, not bool"
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != Lk or mask.shape[2] not in (1, Lq):
+    if not isinstance(mask, Tensor):
+        return None, f"the attention mask is a {type(mask).__name__}"
+    if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] not in (1, Lq) or mask.shape[3] != Lk:
         return None, f"the attention mask has shape {tuple(mask.shape)}"
-    if mask.shape[2] == 1:
-        return mask[:, 0, 0].expand(B, Lk), None
-    keys = mask.any(2, keepdim=True)  # an outer product of one key mask: what HunyuanVideo 1.5 and Chroma pass
-    if not bool((mask == (keys & keys.transpose(2, 3))).all()):
-        return None, "the attention mask differs from query to query"
-    return keys[:, 0, 0].expand(B, Lk), None
+    if mask.shape[1] != 1 and mask.stride(1) != 0 and kind is None:
+        return None, f"the attention mask of shape {tuple(mask.shape)} may differ from head to head"
+    if mask.shape[2] != 1 and mask.stride(2) != 0 and kind is None:
+        return None, f"the attention mask of shape {tuple(mask.shape)} may differ from query to query"
+    keys = mask[:, 0, row].expand(B, Lk)
+    if mask.dtype == torch.bool:
+        return keys, None
+    if kind is None:
+        return None, f"the attention mask is {mask.dtype}, not bool"
+    return (keys == 0 if kind == "bias" else keys > 0), None
+
+
+def _scores_are_skipped() -> bool:
+    """Whether one of Diffusers' perturbed guiders is at work: it looks for calls of torch's attention."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ == "AttentionScoreSkipFunctionMode" for mode in modes)

@@ -16,6 +16,7 @@ from .errors import SLAUnsupportedError
 
 _METHODS = {"dispatch_attention_fn": "attend_blhd", "scaled_dot_product_attention": "attend_bhld"}
 _CONTEXT = "encoder_hidden_states"
+_GIVEN = "_sla_context"  # what it was when the processor was called
 
 
 class _RedirectCalls(ast.NodeTransformer):
@@ -31,7 +32,7 @@ class _RedirectCalls(ast.NodeTransformer):
         self.redirected += 1
         node.func = ast.Attribute(ast.Name("self", ast.Load()), method, ast.Load())
         if self.has_context:  # in joint attention its length says how many of the tokens are text
-            node.keywords.append(ast.keyword("context", ast.Name(_CONTEXT, ast.Load())))
+            node.keywords.append(ast.keyword("context", ast.Name(_GIVEN, ast.Load())))
         return node
 
 
@@ -39,8 +40,8 @@ class _RedirectCalls(ast.NodeTransformer):
 def rewritten(native: type, base: type) -> type:
     """Class `(base, native)` whose attention calls go to `self.attend_blhd` and `self.attend_bhld` of `base`.
 
-    Both methods take the native call's arguments and, where the processor has `encoder_hidden_states`, its value at
-    the call as `context`.
+    Both methods take the native call's arguments and, where the processor takes `encoder_hidden_states`, those as
+    `context`.
 
     Raises:
         SLAUnsupportedError: The class makes no such call (a linear-attention processor, for example).
@@ -53,6 +54,8 @@ def rewritten(native: type, base: type) -> type:
         raise SLAUnsupportedError(f"{native.__name__} makes no attention call that SLA could take over")
     function = tree.body[0]
     assert isinstance(function, ast.FunctionDef)
+    if redirect.has_context:
+        function.body.insert(0, ast.parse(f"{_GIVEN} = {_CONTEXT}").body[0])
     function.decorator_list = []
     function.returns = None
     for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs):

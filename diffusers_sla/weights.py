@@ -100,13 +100,12 @@ def load_sla_weights(
     """
     remote = Remote("", revision, subfolder, token, cache_dir, local_files_only, force_download)
     state = read_state(source if isinstance(source, Mapping) else locate_state(source, weight_name, remote))
-    expected = self_attention_layers(model_or_pipe)
     installed = sla_layers(model_or_pipe)
     wanted = SLAConfig.parse(config) if config is not None else None
     if wanted is None and installed:
         wanted = next(iter(installed.values())).config
     chosen = _settings(state, wanted, override)
-    tensors = fit(state, expected, chosen)
+    tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
 
     apply_sla(model_or_pipe, chosen, strict=strict)
     with torch.no_grad():
@@ -131,7 +130,7 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
     if not installed:
         raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
     chosen = _settings(state, next(iter(installed.values())).config, override=False)
-    tensors = fit(state, self_attention_layers(model_or_pipe), chosen)
+    tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
     for name, layer in installed.items():
         if ("proj_s.weight" in tensors[name]) != (layer.state.proj_s_weight is not None):
             raise SLAStateMismatchError(
@@ -222,7 +221,7 @@ def parse_settings(state: SLAState) -> SLAConfig:
     if state.settings is None:
         raise SLASettingsConflictError("the file holds no settings; pass config=SLAConfig(...)")
     try:
-        return SLAConfig.parse(state.settings)
+        return SLAConfig.parse({"min_length": 0} | state.settings)  # files from before it ran SLA at every length
     except SLAConfigError as error:
         raise SLAStateFormatError(f"the file's settings are wrong: {error}") from error
 
