@@ -16,6 +16,7 @@ from .errors import (
 )
 from .kernel import select_blocks, sla_attention
 from .processor import SLAAttnProcessor
+from .push import push_sla_to_hub
 from .report import sla_report
 from .setter import install as _teach_diffusers
 from .weights import load_sla_weights, save_sla_weights
@@ -39,6 +40,7 @@ __all__ = [
     "SLAUnsupportedError",
     "apply_sla",
     "load_sla_weights",
+    "push_sla_to_hub",
     "record",
     "remove_sla",
     "save_sla_weights",

@@ -137,7 +137,7 @@ def write_state(state: SLAState, path: str | os.PathLike, *, version: int = VERS
     replace(path, lambda file: save_file(tensors, file, metadata=header))
 
 
-def replace(path: Path, write: Callable[[str], None]) -> None:
+def replace(path: Path, write: Callable[[str], object]) -> None:
     """Call write(temporary path beside `path`), then put it in `path`'s place."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)

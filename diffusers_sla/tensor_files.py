@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .errors import SLAStateFormatError
+from .errors import SLAError, SLAStateFormatError
 
 # A state of a thousand layers has a pickle of 0.3 MB and a header of as much; a 14B checkpoint has less.
 MAX_INDEX_BYTES = 16 << 20
@@ -219,7 +219,7 @@ def _check_archive(path: Path) -> None:
 def _damaged(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SLAStateFormatError, FileNotFoundError, PermissionError):
+    except (SLAError, FileNotFoundError, PermissionError):
         raise
     except Exception as error:
         first = (str(error).splitlines() or [""])[0][:160]

@@ -10,7 +10,10 @@ import click
 from ..errors import SLAError
 
 # Command -> file here; each file has a click command named `command`.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "push": "push",
+    "pull": "pull",
+}
 
 
 class _LazyGroup(click.Group):
@@ -26,7 +29,7 @@ class _LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except (SLAError, OSError) as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(" ".join(str(error).split())) from error
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,74 @@
+"""What a saved pipeline or model is, read off its configs; no weights are loaded."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from .apply import self_attention_layers
+from .errors import SLAUnsupportedError
+from .families import is_known
+
+
+def component_configs(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Config by component of a folder: the parts of a pipeline, or the one model in it as "".
+
+    Raises:
+        SLAUnsupportedError: A config is not JSON.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return {"": _read(folder / "config.json")}
+    configs = {name: folder / name / "config.json" for name in component_names(folder)}
+    return {name: _read(path) for name, path in configs.items() if path.is_file()}
+
+
+def component_names(folder: str | os.PathLike) -> list[str]:
+    """The folders of a pipeline's parts, or those a lone model would be in.
+
+    Raises:
+        SLAUnsupportedError: model_index.json is not JSON.
+    """
+    folder = Path(folder)
+    names = ["transformer", "transformer_2", "unet"]
+    if (folder / "model_index.json").is_file():
+        names = list(_read(folder / "model_index.json"))
+    return [name for name in names if re.fullmatch(r"[A-Za-z]\w*", name) and (folder / name).is_dir()]
+
+
+def expected_layers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Head size by layer, as `self_attention_layers` gives it for the loaded models; empty if SLA knows none.
+
+    Raises:
+        SLAUnsupportedError: A config that its class does not take.
+    """
+    layers: dict[str, int] = {}
+    for component, config in configs.items():
+        model_class = getattr(diffusers, str(config.get("_class_name")), None)
+        if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
+            continue
+        try:
+            with torch.device("meta"):
+                model = model_class.from_config(dict(config))
+        except (TypeError, ValueError, KeyError) as error:
+            raise SLAUnsupportedError(f"the config of {component or 'the model'} is wrong: {error}") from error
+        if is_known(model):
+            for name, head_dim in self_attention_layers(model).items():
+                own, _, path = name.partition(".")
+                layers[f"{component or own}.{path}"] = head_dim
+    return layers
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SLAUnsupportedError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise SLAUnsupportedError(f"{path} is not a JSON object")
+    return config
