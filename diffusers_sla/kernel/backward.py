@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import listed_keys, load_rows, masked_keys
-from .launch import PRECISION, block_d, dkdv_config, dq_config
+from .forward import listed_block, load_rows, masked_keys, place_in_block
+from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
 @triton.jit
@@ -34,8 +34,8 @@ def _sparse_bwd_dq_kernel(
 ):  # fmt: skip
     """One program computes dQ of BLOCK_M queries over their key blocks, and delta = rowsum(dO_s * O_s).
 
-    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of the queries in
-    blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
+    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of
+    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
     """
     pid = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -76,8 +76,11 @@ def _sparse_bwd_dq_kernel(
         listed = tl.where(is_kept, 0, topk)
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
     rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP  # whole blocks, as in the forward
-    for step in range(0, rest // PER_STEP * LAST):
-        first, inner = listed_keys(list_base, step, n, BLKK, BLOCK_N)
+    num_whole = rest // PER_STEP * LAST
+    chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
+    for step in range(0, num_whole):
+        first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
+        chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
         k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
         v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
         visible = n >= 0
@@ -149,7 +152,8 @@ def _sparse_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program computes dK and dV of BLOCK_N keys over the query blocks that chose them, all heads of their group.
 
-    Grid: (num_kept + num_k_blocks * BLKK // BLOCK_N, B * Hkv); the first num_kept programs take the kept keys, over every query.
+    Grid: (num_kept + num_k_blocks * BLKK // BLOCK_N, B * Hkv); the first num_kept programs take the kept keys, over
+    every query.
     starts, counts: [B * H, num_k_blocks], list: [B * H, total], int32. dk, dv: strides g, and the linear branch's
     share of the keys in blocks when HAS_LINEAR. A step takes BLOCK_M queries: several blocks, or a part of one.
     """
@@ -196,8 +200,10 @@ def _sparse_bwd_dkdv_kernel(
             last = first + tl.load(counts_ptr + bh * num_k_blocks + block)
         list_base = list_ptr + bh * total
         if PER_STEP == 1:
+            chosen = tl.load(list_base + first, mask=first < last, other=0)
             for step in range(first * STEPS, last * STEPS):
-                rows = q_first + tl.load(list_base + step // STEPS) * BLKQ + step % STEPS * BLOCK_M + m
+                rows = q_first + chosen * BLKQ + step % STEPS * BLOCK_M + m
+                chosen = tl.load(list_base + (step + 1) // STEPS, mask=step + 1 < last * STEPS, other=0)
                 dk, dv = _dkdv_step(
                     q_base, do_base, lse_base, delta_base, rows, rows < q_end, k, v, visible, dk, dv,
                     stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
@@ -246,7 +252,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
-    num_k_blocks = triton.cdiv(Lk - sum(keep_k), blkk)
+    num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
     starts, counts, listed = inverse
     delta = torch.empty_like(lse)
     ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
@@ -258,7 +264,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     scale_log2 = scale * math.log2(math.e)
 
     config = dq_config(q, blkq, blkk)
-    front, back = triton.cdiv(keep_q[0], config.block_m), triton.cdiv(keep_q[1], config.block_m)
+    front, back = cdiv(keep_q[0], config.block_m), cdiv(keep_q[1], config.block_m)
     _sparse_bwd_dq_kernel[(front + back + num_q_blocks * (blkq // config.block_m), B * H)](
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
@@ -268,7 +274,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     )  # fmt: skip
 
     config = dkdv_config(q, blkq, blkk)
-    front, back = triton.cdiv(keep_k[0], config.block_n), triton.cdiv(keep_k[1], config.block_n)
+    front, back = cdiv(keep_k[0], config.block_n), cdiv(keep_k[1], config.block_n)
     _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks * (blkk // config.block_n), B * Hkv)](
         q, k, v, do, starts, counts, listed, key_mask, lse, delta, dk, dv,
         *strides, *dk.stride()[:3],

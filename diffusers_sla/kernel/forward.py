@@ -7,31 +7,37 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import PRECISION, block_d, forward_config
+from .launch import PRECISION, block_d, cdiv, forward_config
 
 
 @triton.jit
-def listed_keys(list_base, step, n, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First keys of a step's blocks, int64: one where a step stays within a block, else one for each n; and the places
-    of its keys behind them. A step takes BLOCK_N keys: several blocks of the list, or a part of one."""
+def listed_block(list_base, step, there, n, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block of the list that each of the BLOCK_N keys n of a step belongs to, one for all if they share it.
+
+    Loops load it a step ahead: Triton would give an index and what it points to one pipeline stage each.
+    """
     if BLOCK_N <= BLKK:
-        STEPS: tl.constexpr = BLKK // BLOCK_N
-        block = tl.load(list_base + step // STEPS)
-        inner = step % STEPS * BLOCK_N + n
+        return tl.load(list_base + step // (BLKK // BLOCK_N), mask=there, other=0)
     elif BLOCK_N == 2 * BLKK:  # two scalars, so that the compiler knows each half to be contiguous
-        block = tl.where(n < BLKK, tl.load(list_base + 2 * step), tl.load(list_base + 2 * step + 1))
-        inner = n % BLKK
+        first = tl.load(list_base + 2 * step, mask=there, other=0)
+        return tl.where(n < BLKK, first, tl.load(list_base + 2 * step + 1, mask=there, other=0))
     else:
-        block = tl.load(list_base + step * (BLOCK_N // BLKK) + n // BLKK)
-        inner = n % BLKK
-    return block.to(tl.int64) * BLKK, inner
+        return tl.load(list_base + step * (BLOCK_N // BLKK) + n // BLKK, mask=there, other=0)
+
+
+@triton.jit
+def place_in_block(step, n, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
+    if BLOCK_N < BLKK:
+        return step % (BLKK // BLOCK_N) * BLOCK_N + n
+    else:
+        return n % BLKK
 
 
 @triton.jit
 def load_rows(
     base, first, inner, stride, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, BLKK: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Tile [BLOCK_N, BLOCK_D] of rows first + inner of `listed_keys`, all of which exist."""
+    """Tile [BLOCK_N, BLOCK_D] of rows first + inner, all of which exist; first is one for all if BLOCK_N <= BLKK."""
     if BLOCK_N <= BLKK:
         ptrs = base + first * stride + (inner[:, None] * stride + cols[None, :])
     else:
@@ -142,8 +148,11 @@ def _sparse_fwd_kernel(
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
     # Every listed block but the last is whole: the list ascends. So this loop needs no mask.
     rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP
-    for step in range(0, rest // PER_STEP * LAST):
-        first, inner = listed_keys(list_base, step, n, BLKK, BLOCK_N)
+    num_whole = rest // PER_STEP * LAST
+    chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
+    for step in range(0, num_whole):
+        first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
+        chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
         k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
         v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
         visible = n >= 0
@@ -236,7 +245,7 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
     o_s = torch.empty_like(q) if save or (a is not None and config.block_r < BLOCK_D) else None
     lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32) if save else None
     BLOCK_M = config.block_m
-    num_front, num_back = triton.cdiv(keep_q[0], BLOCK_M), triton.cdiv(keep_q[1], BLOCK_M)
+    num_front, num_back = cdiv(keep_q[0], BLOCK_M), cdiv(keep_q[1], BLOCK_M)
     num_kept = num_front + num_back
     fq = q if fq is None else fq
     linear = m is not None

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 
 
+def cdiv(a, b):
+    return -(-a // b)
+
+
 def block_d(D):
     """Head size padded to a power of two, at least 16, as the tiles need it."""
     return max(16, 1 << (D - 1).bit_length())
@@ -17,6 +21,12 @@ def block_d(D):
 
 # How float32 matrices are multiplied: three tensor-core products that keep float32's accuracy where there are such.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+
+def rounded_precision(dtype):
+    """Precision of a product of float32 matrices that come from, or go to, numbers in `dtype`."""
+    return PRECISION if dtype == torch.float32 or torch.version.hip else "tf32"
+
 
 # Shared memory of one program in bytes, by compute capability; what is not listed gets the smallest.
 SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
@@ -73,7 +83,7 @@ def prepare_config(q):
 
 
 def select_config(q_mean):
-    return Launch(num_warps=4, num_stages=1, rows=16, block_c=64, block_n=512, programs=1024)
+    return Launch(num_warps=8, num_stages=2, rows=16, block_c=64, block_n=512, programs=1024)
 
 
 def forward_config(q, blkq, blkk):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
-from .launch import PRECISION, block_d, linear_k_config, linear_q_config
+from .launch import PRECISION, block_d, cdiv, linear_k_config, linear_q_config, rounded_precision
 from .selection import chunk_size
 
 EPS = 1e-5
@@ -82,13 +82,14 @@ def _linear_bwd_q_kernel(
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then M is one tile, loaded once
     m_head = b * M_HEADS + h // (H // M_HEADS)
     m_at = (m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, chunk)) * NUM_HALVES
-    square = (own_valid[:, None]) & (cols[None, :] < D)
+    square = own_valid[:, None] & (cols[None, :] < D)
     m = tl.load(m_ptr + (m_at * D + own)[:, None] * D + cols[None, :], mask=square, other=0.0)
     z = tl.load(z_ptr + m_at * D + own, mask=own_valid, other=0.0)
-    dm_0 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    # dM is kept transposed: so the tile that comes from memory is the one that is read across.
+    dm_0 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
     dz_0 = tl.zeros([BLOCK_R], tl.float32)
     if NUM_HALVES == 2:
-        dm_1 = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        dm_1 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
         dz_1 = tl.zeros([BLOCK_R], tl.float32)
     dbias = tl.zeros([BLOCK_D], tl.float32)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, num_tiles)):
@@ -100,7 +101,8 @@ def _linear_bwd_q_kernel(
         x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
         top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
-        y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # phi . M dO^T is O_l . dO times the denominator: no need of O_l itself.
+        g = tl.zeros([BLOCK_M], tl.float32)
         den = tl.zeros([BLOCK_M], tl.float32)
         for half in tl.static_range(NUM_HALVES):
             for first in tl.static_range(0, D, BLOCK_R):
@@ -113,33 +115,34 @@ def _linear_bwd_q_kernel(
                     feature = (m_at + half) * D + part
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
                     m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
+                g += tl.sum(f * mdo, 1)
                 den += tl.sum(f * z[None, :], 1)
-                y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
         inv = 1.0 / (den + eps)
-        g = tl.sum(y * do.to(tl.float32), 1) * inv
+        g *= inv
         dden = tl.where(row_valid, -g * inv, 0.0)
         t = g * (1.0 - den * inv)  # sum of phi * dphi over the row
-        dy = (do.to(tl.float32) * inv[:, None]).to(do.dtype)
 
         x_own = x
         if not WHOLE:
             x_own = tl.load(x_base + own[None, :], mask=row_valid[:, None] & own_valid[None, :], other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
         dx = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for half in tl.static_range(NUM_HALVES):
-            f = phi_tile(x_own, top, inv_sum, own_valid[None, :], PHI, half)
             if not ONE:
+                f = phi_tile(x_own, top, inv_sum, own_valid[None, :], PHI, half)
                 feature = (m_at + half) * D + own
                 z = tl.load(z_ptr + feature, mask=own_valid, other=0.0)
                 m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=square, other=0.0)
-            df = tl.dot(dy, tl.trans(m), input_precision=PRECISION) + dden[:, None] * z[None, :]
+                mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
+            df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
-            ft = tl.trans(f.to(do.dtype))
             dz = tl.sum(f * dden[:, None], 0)
+            f = (f * inv[:, None]).to(do.dtype)
             if half == 0:
-                dm_0 = tl.dot(ft, dy, dm_0, input_precision=PRECISION)
+                dm_0 = tl.dot(tl.trans(do), f, dm_0, input_precision=PRECISION)
                 dz_0 += dz
             else:
-                dm_1 = tl.dot(ft, dy, dm_1, input_precision=PRECISION)
+                dm_1 = tl.dot(tl.trans(do), f, dm_1, input_precision=PRECISION)
                 dz_1 += dz
         dbias += tl.sum(do.to(tl.float32), 0)
         dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + own[None, :]
@@ -147,11 +150,11 @@ def _linear_bwd_q_kernel(
     out = bh * tl.num_programs(0) + chunk
     tl.store(dbias_ptr + out * D + cols, dbias, mask=(cols < D) & (tl.program_id(2) == 0))
     feature = out * NUM_HALVES * D + own
-    tl.store(dm_ptr + feature[:, None] * D + cols[None, :], dm_0.to(dm_ptr.dtype.element_ty), mask=square)
+    tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_0).to(dm_ptr.dtype.element_ty), mask=square)
     tl.store(dz_ptr + feature, dz_0, mask=own_valid)
     if NUM_HALVES == 2:
         feature += D
-        tl.store(dm_ptr + feature[:, None] * D + cols[None, :], dm_1.to(dm_ptr.dtype.element_ty), mask=square)
+        tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_1).to(dm_ptr.dtype.element_ty), mask=square)  # fmt: skip  # noqa: E501
         tl.store(dz_ptr + feature, dz_1, mask=own_valid)
 
 
@@ -194,7 +197,7 @@ def _linear_bwd_k_kernel(
         top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
 
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        t = tl.zeros([BLOCK_N], tl.float32)
+        t = tl.zeros([BLOCK_N], tl.float32)  # sum of phi * dphi over the row
         for half in tl.static_range(NUM_HALVES):
             for first in tl.static_range(0, D, BLOCK_R):
                 part = first + r
@@ -207,9 +210,9 @@ def _linear_bwd_k_kernel(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
+                t += tl.sum(f * df, 1)
                 dv = tl.dot(f.to(dh.dtype), dh, dv, input_precision=PRECISION)
-                t += tl.sum(f * dz[None, :], 1)
-        t += tl.sum(v.to(tl.float32) * dv, 1)
         stored = row_valid[:, None] & (cols[None, :] < D)
         dv_ptrs = dv_ptr + b * stride_wb + h * stride_wh + at * stride_wl + cols[None, :]
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)
@@ -222,12 +225,12 @@ def _linear_bwd_k_kernel(
                 x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
             dx = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
             for half in tl.static_range(NUM_HALVES):
-                f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
                 if not ONE:
+                    f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
+                    df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
                 dx += phi_tile_backward(x_part, f, df, t, PHI, half)
             dx = tl.where(visible[:, None], dx, 0.0)
             dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
@@ -251,10 +254,10 @@ def _project_sums(sums, z, weight, dtype, transpose, factor):
     new = dict(device=sums.device, dtype=torch.float32)
     total, z_total = torch.empty((B, heads, F, D), **new), torch.empty((B, heads, 1, F), **new)
     product = torch.empty((B, heads, 1, F, D), device=sums.device, dtype=dtype)
-    _project_sums_kernel[(triton.cdiv(F, 16), B * heads)](
+    _project_sums_kernel[(cdiv(F, 16), B * heads)](
         sums, z, weight, total, product, z_total, num_chunks, factor,
-        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=4, TRANSPOSE=transpose, PRECISION=PRECISION,
-        num_warps=4, num_stages=1,
+        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=4, TRANSPOSE=transpose,
+        PRECISION=rounded_precision(dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return total, product, z_total
 
@@ -287,15 +290,15 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     config = linear_q_config(x)
     halves = HALVES[feature_map]
     block_m = min(blkq, config.rows) if per_block else config.rows
-    num_tiles = triton.cdiv(Lq - sum(keep_q), block_m)
+    num_tiles = cdiv(Lq - sum(keep_q), block_m)
     tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
-    num_chunks = triton.cdiv(num_tiles, tiles_per_chunk)
+    num_chunks = cdiv(num_tiles, tiles_per_chunk)
     new = dict(device=x.device, dtype=torch.float32)
     dm = torch.empty((B, H, num_chunks, halves * D, D), device=x.device, dtype=x.dtype if per_block else torch.float32)
     dz = torch.empty((B, H, num_chunks, halves * D), **new)
     dbias = torch.empty((B * H * num_chunks, D), **new)
     BLOCK_R = min(config.block_r // halves, block_d(D))
-    _linear_bwd_q_kernel[(num_chunks, B * H, triton.cdiv(D, BLOCK_R))](
+    _linear_bwd_q_kernel[(num_chunks, B * H, cdiv(D, BLOCK_R))](
         x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
         H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
         D=D, BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_R=BLOCK_R, PHI=feature_map, NUM_HALVES=halves,
@@ -305,7 +308,7 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
 
 
 def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm, dtype):
-    """From dM, dz of chunks or query blocks back to norm dH (in `dtype`), norm dz per key head (and key block), and dW.
+    """From dM, dz of chunks or query blocks to norm dH (in `dtype`), norm dz per key head (and key block), and dW.
 
     h: sums over all blocks for "all"; sums: per key block for "marginal".
     """
@@ -331,9 +334,9 @@ def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
     config = linear_k_config(x)
     per_block = dh.shape[2] > 1
     block_n = min(blkk, config.rows) if per_block else config.rows
-    num_tiles = triton.cdiv(Lk - sum(keep_k), block_n)
+    num_tiles = cdiv(Lk - sum(keep_k), block_n)
     tiles_per_chunk = blkk // block_n if per_block else chunk_size(num_tiles, config.programs, B * Hkv)
-    num_chunks = triton.cdiv(num_tiles, tiles_per_chunk)
+    num_chunks = cdiv(num_tiles, tiles_per_chunk)
     _linear_bwd_k_kernel[(num_chunks, B * Hkv)](
         x, v, key_mask, dh, dz, dx, dv,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],

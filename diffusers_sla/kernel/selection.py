@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import PRECISION, block_d, prepare_config, select_config
+from .launch import PRECISION, block_d, cdiv, prepare_config, rounded_precision, select_config
 
 
 @triton.jit
@@ -49,8 +49,9 @@ def _sum_keys(
     h = bh % Hkv
     c_cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
     pools = (c == 0) & (half == 0)  # one of the programs that share a chunk
-    acc = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
-    z = tl.zeros([BLOCK_D], tl.float32)
+    # Kept transposed: so the tile that comes from memory is the one that is read across.
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    z = tl.zeros([BLKK, BLOCK_D], tl.float32)
     first_block = chunk * blocks_per_chunk
     for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
         rows = k_first + j * BLKK + tl.arange(0, BLKK)
@@ -79,13 +80,14 @@ def _sum_keys(
             f = phi_tile(y, top, inv, inside, PHI, 0)
             if NUM_HALVES == 2:
                 f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
-            acc = tl.dot(tl.trans(f.to(v.dtype)), v, acc, input_precision=PRECISION)
-            z += tl.sum(f, 0)
+            acc = tl.dot(tl.trans(v), f.to(v.dtype), acc, input_precision=PRECISION)
+            z += f
     if HAS_LINEAR:
         at = (bh * num_chunks + chunk) * NUM_HALVES + half
         ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
-        tl.store(ptrs, (acc * norm).to(sums_ptr.dtype.element_ty), mask=(cols[:, None] < D) & (c_cols[None, :] < D))
-        tl.store(z_ptr + at * D + cols, z * norm, mask=(cols < D) & (c == 0))
+        sums = (tl.trans(acc) * norm).to(sums_ptr.dtype.element_ty)
+        tl.store(ptrs, sums, mask=(cols[:, None] < D) & (c_cols[None, :] < D))
+        tl.store(z_ptr + at * D + cols, tl.sum(z, 0) * norm, mask=(cols < D) & (c == 0))
 
 
 @triton.jit(do_not_specialize=["Lk", "q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_q_groups", "num_k_blocks", "num_chunks", "blocks_per_chunk", "num_key_programs", "norm"])  # fmt: skip  # noqa: E501
@@ -271,12 +273,12 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
     """
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
-    num_q_blocks = triton.cdiv(Lq - sum(keep_q), blkq)
-    num_k_blocks = triton.cdiv(Lk - sum(keep_k), blkk)
+    num_q_blocks = cdiv(Lq - sum(keep_q), blkq)
+    num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
     halves = HALVES[feature_map] if linear != "none" else 1
     config = prepare_config(q)
     blocks_per_chunk = 1 if linear == "marginal" else chunk_size(num_k_blocks, config.programs, B * Hkv)
-    num_chunks = triton.cdiv(num_k_blocks, blocks_per_chunk)
+    num_chunks = cdiv(num_k_blocks, blocks_per_chunk)
     new = dict(device=q.device, dtype=torch.float32)
     q_mean = torch.empty((B, H, num_q_blocks, D), **new) if pool else None
     k_mean = torch.empty((B, Hkv, num_k_blocks, D), **new) if pool else None
@@ -289,9 +291,9 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
     elif not pool:
         return None, None, None, None, None
     BLOCK_C = min(config.block_c, block_d(D)) if linear != "none" else block_d(D)
-    num_key_programs = B * Hkv * num_chunks * halves * triton.cdiv(D, BLOCK_C)
+    num_key_programs = B * Hkv * num_chunks * halves * cdiv(D, BLOCK_C)
     group = max(1, config.rows // blkq)
-    num_q_groups = triton.cdiv(num_q_blocks, group)
+    num_q_groups = cdiv(num_q_blocks, group)
     fk = k if fk is None else fk
     _prepare_kernel[(num_key_programs + (B * H * num_q_groups if pool else 0),)](
         q, k, v, fk, key_mask, q_mean, k_mean, k_bias, sums, z,
@@ -308,21 +310,24 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
 
 def chunk_size(count, programs, heads):
     """How many of a head's `count` blocks one program takes, so that all heads make about `programs` programs."""
-    return triton.cdiv(count, max(1, min(count, programs // heads)))
+    return cdiv(count, max(1, min(count, programs // heads)))
 
 
-def select(q_mean, k_mean, k_bias, topk, skip, scale):
-    """Launch the choice. Returns indices [B, H, num_q_blocks, n] int32 and the int8 block map."""
+def select(q_mean, k_mean, k_bias, topk, skip, scale, dtype):
+    """Launch the choice. Returns indices [B, H, num_q_blocks, n] int32 and the int8 block map.
+
+    dtype: of the tensors that the means were taken of.
+    """
     B, H, num_q_blocks, D = q_mean.shape
     Hkv, num_k_blocks = k_mean.shape[1:3]
     n = max(1, int(topk * num_k_blocks))
     num_skipped = int(skip * num_k_blocks)
     config = select_config(q_mean)
-    groups_per_head = triton.cdiv(num_q_blocks, config.rows)
+    groups_per_head = cdiv(num_q_blocks, config.rows)
     num_groups = B * H * groups_per_head
     programs = min(num_groups, config.programs)
     # A power of two, so that few lengths need a kernel of their own.
-    BLOCK_N = max(16, min(config.block_n, triton.next_power_of_2(num_k_blocks)))
+    BLOCK_N = max(16, min(config.block_n, 1 << (num_k_blocks - 1).bit_length()))
     scratch = torch.empty((programs, config.rows, num_k_blocks), device=q_mean.device, dtype=torch.int32)
     indices = torch.empty((B, H, num_q_blocks, n), device=q_mean.device, dtype=torch.int32)
     block_map = torch.empty((B, H, num_q_blocks, num_k_blocks), device=q_mean.device, dtype=torch.int8)
@@ -330,8 +335,8 @@ def select(q_mean, k_mean, k_bias, topk, skip, scale):
         q_mean, k_mean, k_bias, scratch.view(torch.uint32), indices, block_map,
         H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, n, num_k_blocks - num_skipped, scale,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=config.block_c, BLOCK_N=BLOCK_N,
-        ONE=num_k_blocks <= BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0, PRECISION=PRECISION,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        ONE=num_k_blocks <= BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
+        PRECISION=rounded_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return indices, block_map
 
@@ -344,13 +349,13 @@ def indices_of(block_map, topk):
 
 
 def invert(block_map, topk):
-    """Per key block the query blocks that chose it: starts, counts [B * H, num_k_blocks], list [B * H, total], int32."""
+    """Per key block the query blocks that chose it, int32: starts, counts [B * H, num_k_blocks], list [B * H, total]."""
     B, H, num_q_blocks, num_k_blocks = block_map.shape
     total = num_q_blocks * max(1, int(topk * num_k_blocks))
     new = dict(device=block_map.device, dtype=torch.int32)
     starts, counts = torch.empty((B * H, num_k_blocks), **new), torch.empty((B * H, num_k_blocks), **new)
     listed = torch.empty((B * H, total), **new)
-    grid = (triton.cdiv(num_k_blocks, 32), B * H)
+    grid = (cdiv(num_k_blocks, 32), B * H)
     sizes = (num_q_blocks, num_k_blocks, total)
     _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=True, ROWS=64, COLS=32)
     _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=False, ROWS=64, COLS=32)

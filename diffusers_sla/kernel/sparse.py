@@ -1,4 +1,9 @@
-"""The Triton path: the custom ops that join forward, backward, selection and linear branch, and their autograd."""
+"""The Triton path: what joins forward, backward, selection and linear branch, and its autograd, twice over.
+
+Traced (torch.compile, export) it is a pair of custom ops, which have fake versions and are opaque to the tracer.
+Otherwise the same two functions run directly under an autograd.Function: a custom op's dispatch takes longer on the
+host than the kernels do at image sizes.
+"""
 
 from typing import List, Optional, Tuple
 
@@ -6,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
+from .backward import sparse_bwd
+from .forward import sparse_fwd
+from .linear import EPS, gather_sums, linear_bwd_k, linear_bwd_q, norm_of, scatter_sums_backward
+from .selection import indices_of, invert, prepare, select
 
 
 def sla_attention_triton(
@@ -24,19 +33,57 @@ def sla_attention_triton(
         phi_q_weight = phi_k_weight = None
     inputs = (q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return _forward(
+    arguments = (
         *inputs, key_mask, block_map, topk, skip, scale, blkq, blkk, feature_map, linear, [*keep_q, *keep_k], save
-    )[0]
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+        return _forward(*arguments)[0]
+    return _Direct.apply(*arguments) if save else _compute_forward(*arguments)[0]
 
 
 def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
     """`select_blocks` by the kernels."""
-    from .selection import prepare, select
-
     q_mean, k_mean, k_bias, _, _ = prepare(
         q, k, k, None, key_mask, blkq, blkk, keep_q, keep_k, "softmax", "none", True, 1.0
     )
-    return select(q_mean, k_mean, k_bias, topk, skip, q.shape[-1] ** -0.5 if scale is None else scale)[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return select(q_mean, k_mean, k_bias, topk, skip, scale, q.dtype)[1]
+
+
+def _compute_forward(
+    q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+    topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
+):  # fmt: skip
+    """o, and when `save` what the backward needs: o_s, lse, indices, the block map if it was chosen here, and h and z
+    if linear is "all"; None for the others."""
+    keep_q, keep_k = tuple(keep[:2]), tuple(keep[2:])
+    fq = None if phi_q_weight is None else q @ phi_q_weight.to(q.dtype)
+    fk = None if phi_k_weight is None else k @ phi_k_weight.to(k.dtype)
+    norm = norm_of(q, k)
+    q_mean, k_mean, k_bias, sums, z = prepare(
+        q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
+    )
+    if block_map is None:
+        indices, chosen = select(q_mean, k_mean, k_bias, topk, skip, scale, q.dtype)
+    else:
+        indices, chosen = indices_of(block_map, topk), block_map
+    m = h = None
+    if linear != "none":
+        m, z, h = gather_sums(sums, z, chosen if linear == "marginal" else None, proj_l_weight, q.dtype)
+    o, o_s, lse = sparse_fwd(
+        q, k, v, fq, indices, key_mask, m, z, proj_s_weight, proj_l_bias,
+        blkq, blkk, keep_q, keep_k, feature_map, scale, EPS * norm, save,
+    )  # fmt: skip
+    if not save:
+        return (o, *[None] * 6)
+    return (
+        o,
+        o_s,
+        lse,
+        indices,
+        chosen if block_map is None else None,
+        *((h, z) if linear == "all" else (None, None)),
+    )
 
 
 @torch.library.custom_op(add_op_namespace_prefix("forward"), mutates_args=())
@@ -47,37 +94,12 @@ def _forward(
     topk: float, skip: float, scale: float, blkq: int, blkk: int, feature_map: str, linear: str,
     keep: List[int], save: bool,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, and when `save` what the backward needs: o_s, lse, indices, block map (if chosen here), h and z ("all")."""
-    from .forward import sparse_fwd
-    from .linear import EPS, gather_sums, norm_of
-    from .selection import indices_of, prepare, select
-
-    keep_q, keep_k = tuple(keep[:2]), tuple(keep[2:])
-    fq = None if phi_q_weight is None else q @ phi_q_weight.to(q.dtype)
-    fk = None if phi_k_weight is None else k @ phi_k_weight.to(k.dtype)
-    norm = norm_of(q, k)
-    q_mean, k_mean, k_bias, sums, z = prepare(
-        q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
-    )
-    if block_map is None:
-        indices, chosen = select(q_mean, k_mean, k_bias, topk, skip, scale)
-    else:
-        indices, chosen = indices_of(block_map, topk), block_map
-    m = h = None
-    if linear != "none":
-        m, z, h = gather_sums(sums, z, chosen if linear == "marginal" else None, proj_l_weight, q.dtype)
-    o, o_s, lse = sparse_fwd(
-        q, k, v, fq, indices, key_mask, m, z, proj_s_weight, proj_l_bias,
-        blkq, blkk, keep_q, keep_k, feature_map, scale, EPS * norm, save,
+    """_compute_forward with empty tensors for None."""
+    outputs = _compute_forward(
+        q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+        topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
     )  # fmt: skip
-    none = q.new_empty(0)
-    if not save:
-        return o, none, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
-    keeps_sums = linear == "all"
-    return (
-        o, o_s, lse, indices, chosen if block_map is None else none,
-        h if keeps_sums else q.new_empty(0), z if keeps_sums else q.new_empty(0),
-    )  # fmt: skip
+    return tuple(q.new_empty(0) if x is None else x for x in outputs)
 
 
 @_forward.register_fake
@@ -104,18 +126,11 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op(add_op_namespace_prefix("backward"), mutates_args=())
-def _backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, proj_l_weight: Optional[Tensor], proj_l_bias: Optional[Tensor],
-    proj_s_weight: Optional[Tensor], phi_q_weight: Optional[Tensor], phi_k_weight: Optional[Tensor],
-    key_mask: Optional[Tensor], block_map: Tensor, o_s: Tensor, lse: Tensor, indices: Tensor, h: Tensor, z: Tensor,
-    topk: float, scale: float, blkq: int, blkk: int, feature_map: str, linear: str, keep: List[int],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the five weights; an empty tensor where there is no such weight."""
-    from .backward import sparse_bwd
-    from .linear import EPS, gather_sums, linear_bwd_k, linear_bwd_q, norm_of, scatter_sums_backward
-    from .selection import invert, prepare
-
+def _compute_backward(
+    do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+    o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
+):  # fmt: skip
+    """Gradients of q, k, v and the five weights; None where there is no such weight."""
     keep_q, keep_k = tuple(keep[:2]), tuple(keep[2:])
     image = slice(keep_q[0], q.shape[2] - keep_q[1])
     do = do.to(q.dtype)
@@ -160,11 +175,23 @@ def _backward(
         blkq, blkk, keep_q, keep_k, scale, linear != "none",
     )  # fmt: skip
     weights = (proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
-    gradients = [
-        q.new_empty(0) if weight is None else gradient.to(weight.dtype)
-        for weight, gradient in zip(weights, (dweight, dbias, da, dphi_q, dphi_k))
-    ]
-    return (dq, dk, dv, *gradients)
+    gradients = (dweight, dbias, da, dphi_q, dphi_k)
+    return (dq, dk, dv, *(None if w is None else gradient.to(w.dtype) for w, gradient in zip(weights, gradients)))
+
+
+@torch.library.custom_op(add_op_namespace_prefix("backward"), mutates_args=())
+def _backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, proj_l_weight: Optional[Tensor], proj_l_bias: Optional[Tensor],
+    proj_s_weight: Optional[Tensor], phi_q_weight: Optional[Tensor], phi_k_weight: Optional[Tensor],
+    key_mask: Optional[Tensor], block_map: Tensor, o_s: Tensor, lse: Tensor, indices: Tensor, h: Tensor, z: Tensor,
+    topk: float, scale: float, blkq: int, blkk: int, feature_map: str, linear: str, keep: List[int],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """_compute_backward with empty tensors for None."""
+    outputs = _compute_backward(
+        do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+        o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
+    )  # fmt: skip
+    return tuple(q.new_empty(0) if x is None else x for x in outputs)
 
 
 @_backward.register_fake
@@ -179,26 +206,46 @@ def _(
 
 def _setup_context(ctx, inputs, output):
     *tensors, key_mask, block_map, topk, _skip, scale, blkq, blkk, feature_map, linear, keep, save = inputs
+    ctx.saved = save
     if not save:
-        ctx.saved = False
         return
-    ctx.saved = True
     _, o_s, lse, indices, chosen, h, z = output
     ctx.save_for_backward(*tensors, key_mask, chosen if block_map is None else block_map, o_s, lse, indices, h, z)
     ctx.settings = (topk, scale, blkq, blkk, feature_map, linear, keep)
-    ctx.mark_non_differentiable(*output[1:])
+
+
+def _needed(ctx, saved, gradients):
+    """Gradients of the forward's arguments: of the tensors that are there and want one, None for the others."""
+    wanted = (x is not None and need for x, need in zip(saved, ctx.needs_input_grad))
+    return (*(gradient if want else None for want, gradient in zip(wanted, gradients)), *([None] * 11))
 
 
 def _differentiate(ctx, do, *_):
     if not ctx.saved:
         raise RuntimeError("this call of sla_attention kept nothing for a backward")
     saved = ctx.saved_tensors  # once: checkpointing hands each tensor out a single time
-    gradients = _backward(do, *saved, *ctx.settings)
-    present = [x is not None for x in saved[:8]]
-    needed = [
-        gradient if there and need else None for gradient, there, need in zip(gradients, present, ctx.needs_input_grad)
-    ]
-    return (*needed, *([None] * 11))
+    return _needed(ctx, saved[:8], _backward(do, *saved, *ctx.settings))
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+def _setup_op_context(ctx, inputs, output):
+    _setup_context(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_op_context)
+
+
+class _Direct(torch.autograd.Function):
+    """The two computations without the custom ops' dispatch."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = _compute_forward(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        saved = ctx.saved_tensors
+        return _needed(ctx, saved[:8], _compute_backward(do, *saved, *ctx.settings))
