@@ -11,6 +11,7 @@ from ..errors import SLAError
 
 # Command -> file here; each file has a click command named `command`.
 COMMANDS: dict[str, str] = {
+    "bench": "bench",
     "push": "push",
     "pull": "pull",
 }

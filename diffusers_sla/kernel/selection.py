@@ -349,7 +349,7 @@ def indices_of(block_map, topk):
 
 
 def invert(block_map, topk):
-    """Per key block the query blocks that chose it, int32: starts, counts [B * H, num_k_blocks], list [B * H, total]."""
+    """Per key block who chose it, int32: starts, counts [B * H, num_k_blocks], list [B * H, total] of query blocks."""
     B, H, num_q_blocks, num_k_blocks = block_map.shape
     total = num_q_blocks * max(1, int(topk * num_k_blocks))
     new = dict(device=block_map.device, dtype=torch.int32)

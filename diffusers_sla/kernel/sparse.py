@@ -76,14 +76,8 @@ def _compute_forward(
     )  # fmt: skip
     if not save:
         return (o, *[None] * 6)
-    return (
-        o,
-        o_s,
-        lse,
-        indices,
-        chosen if block_map is None else None,
-        *((h, z) if linear == "all" else (None, None)),
-    )
+    sums = (h, z) if linear == "all" else (None, None)
+    return (o, o_s, lse, indices, chosen if block_map is None else None, *sums)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("forward"), mutates_args=())

@@ -1,0 +1,108 @@
+"""`diffusers-sla bench`: time one or several shapes against dense attention."""
+
+import json
+from pathlib import Path
+
+import click
+import torch
+
+from .. import benchmark
+from ..config import SLAConfig
+
+HEADINGS = ("B,H,L,D", "topk", "blocks", "linear", "dtype", "pass", "which", "ms", "20%", "80%", "x dense", "graph ms", "x dense", "TFLOP/s", "of floor", "MiB", "launches")  # fmt: skip  # noqa: E501
+WIDTHS = (18, 5, 7, 8, 8, 8, 15, 9, 9, 9, 7, 9, 7, 7, 8, 7, 8)
+
+
+def _shape(_context, _parameter, values):
+    shapes = []
+    for value in values:
+        parts = value.split(",")
+        if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            raise click.BadParameter(f"{value!r} is not B,H,L,D: four positive numbers such as 1,12,32760,128")
+        shapes.append(tuple(int(part) for part in parts))
+    return shapes
+
+
+@click.command()
+@click.option("--shape", "shapes", multiple=True, callback=_shape, metavar="B,H,L,D", help="Repeat for several.")
+@click.option("--topk", "topks", type=float, multiple=True, help="Share of key blocks kept; repeat for several.")
+@click.option("--sla_config", "settings", help='Settings as JSON: \'{"blkq": 128, "linear": "marginal"}\'.')
+@click.option("--dtype", "dtypes", type=click.Choice(["bfloat16", "float16", "float32"]), multiple=True)
+@click.option("--pass", "passes", type=click.Choice(benchmark.PASSES), multiple=True, help="Default: both.")
+@click.option("--device", default=None, help="cuda or cpu; cuda where there is a GPU.")
+@click.option("--flex", is_flag=True, help="Also FlexAttention over the same blocks.")
+@click.option("--proj-s", is_flag=True, help="Also the projection of the sparse branch.")
+@click.option("--repeats", default=None, type=click.IntRange(1), help="Timed calls of each.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the records.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the speed-ups as PNG.")
+def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repeats, json_path, plot):
+    """Time attention: dense, SLA, and FlexAttention if asked for, in one process on random inputs.
+
+    \b
+    diffusers-sla bench --device cpu --shape 1,4,8192,128 --topk 0.05 --pass forward
+    diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla_config '{"blkq": 128}' --json wan.json
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("this torch sees no GPU; --device cpu times the plain torch path")
+    base = SLAConfig.parse(settings).to_dict()
+    cases = [
+        benchmark.Case(B, H, L, D, dtype, SLAConfig.parse(base | {"topk": topk}), proj_s)
+        for B, H, L, D in shapes or [(1, 4, 4096, 128)]
+        for dtype in dtypes or ["bfloat16"]
+        for topk in topks or [base["topk"]]
+    ]
+    measured = {case.dtype: benchmark.rates(case.dtype, device) for case in cases}
+    click.echo(_line(HEADINGS), err=True)
+    records = []
+    for case in cases:
+        record = benchmark.run(
+            case, device, passes=passes or benchmark.PASSES, flex=flex, measured=measured[case.dtype],
+            repeats=repeats or (30 if device.type == "cuda" else 5),
+        )  # fmt: skip
+        records.append(record)
+        for row in record.rows:
+            click.echo(_line(_cells(case, row)))
+    if json_path:
+        json_path.write_text(json.dumps([record.to_dict() for record in records], indent=1) + "\n")
+    if plot:
+        _plot(records, plot)
+
+
+def _cells(case, row):
+    config = case.config
+    return (
+        f"{case.B},{case.H},{case.L},{case.D}", f"{config.topk:g}", f"{config.blkq}x{config.blkk}", config.linear,
+        case.dtype, row.what, row.name, f"{row.median:.3f}", f"{row.p20:.3f}", f"{row.p80:.3f}", f"{row.ratio:.2f}",
+        "" if row.graph is None else f"{row.graph:.3f}", "" if row.graph_ratio is None else f"{row.graph_ratio:.2f}",
+        f"{row.tflops:.2f}", f"{row.floor_share:.0%}", "" if row.memory_mib is None else f"{row.memory_mib:.0f}",
+        "" if row.launches is None else str(row.launches),
+    )  # fmt: skip
+
+
+def _line(cells):
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def _plot(records, path):
+    """Speed-up of SLA over the best dense attention: against L where several lengths were timed, and against topk."""
+    from matplotlib.figure import Figure
+
+    axes_of = [("L", "sequence length"), ("topk", "share of key blocks kept (topk)")]
+    figure = Figure(figsize=(5.5 * len(axes_of), 4), layout="constrained")
+    for place, (key, label) in enumerate(axes_of):
+        axes = figure.add_subplot(1, len(axes_of), place + 1)
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for record in records:
+            case, config = record.case, record.case["config"]
+            fixed = f"topk {config['topk']:g}" if key == "L" else f"L {case['L']}"
+            for row in record.rows:
+                if row.name == "sla":
+                    name = f"{row.what}, {case['H']} x {case['D']}, {config['blkq']}x{config['blkk']}, {fixed}"
+                    curves.setdefault(name, []).append((case["L"] if key == "L" else config["topk"], row.ratio))
+        for name, points in curves.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axes.axhline(1, color="gray", linewidth=0.8)
+        axes.set(xlabel=label, ylabel="times faster than the best dense attention", xscale="log" if key == "L" else "linear")  # fmt: skip  # noqa: E501
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=150)
