@@ -99,6 +99,7 @@ def _front_matter(card: Card, old: dict[str, Any]) -> str:
 
 def _section(card: Card) -> str:
     meta, settings = card.state.meta, SLAConfig.parse(card.state.settings).to_dict()
+    settings = {name: value for name, value in settings.items() if value not in (None, [])}
     where = f', subfolder="{card.subfolder}"' if card.subfolder else ""
     if card.kind == "model":
         loader, variable = card.model_class or "AutoModel", "model"

@@ -31,10 +31,16 @@ _THEIRS = {
 }
 
 
+def flat(payload: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The tensors of a checkpoint, which a trainer may have put under "state_dict"."""
+    inner = payload.get("state_dict")
+    return inner if isinstance(inner, Mapping) else payload
+
+
 def layout_of(payload: Mapping[Any, Any]) -> str | None:
     """The project whose keys are among those of a checkpoint."""
     for name, pattern in _THEIRS.items():
-        if any(isinstance(key, str) and pattern.fullmatch(key) for key in payload):
+        if any(isinstance(key, str) and pattern.fullmatch(key) for key in flat(payload)):
             return name
     return None
 
@@ -51,6 +57,7 @@ def foreign_layers(payload: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
         SLAStateFormatError: Two keys are for the same projection.
     """
     layers: dict[str, dict[str, Any]] = {}
+    payload = flat(payload)
     for key in payload:
         for pattern in _THEIRS.values():
             match = pattern.fullmatch(key) if isinstance(key, str) else None

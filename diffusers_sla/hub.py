@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -93,6 +93,24 @@ def _download(remote: Remote, name: str) -> Path:
             library_name="diffusers-sla", user_agent=_USER_AGENT,
         )
     )  # fmt: skip
+
+
+def download_configs(remote: Remote) -> Path:
+    """A folder with the configs of a repository's models, and none of their weights.
+
+    Raises:
+        SLAHubError: See `download`.
+    """
+    patterns = ["model_index.json", "config.json", "*/config.json"]
+    try:
+        return Path(
+            snapshot_download(
+                remote.repo_id, revision=remote.revision, token=remote.token, allow_patterns=patterns,
+                library_name="diffusers-sla",
+            )
+        )  # fmt: skip
+    except Exception as error:
+        raise _translated(error, remote, ("config.json",)) from error
 
 
 def remote_header(remote: Remote, name: str) -> tuple[dict[str, str], dict[str, tuple[str, list[int]]]]:

@@ -227,11 +227,12 @@ def _check_pickles(folder: Path, found: dict[str, Path]) -> None:
 
 
 def _check_configs(folder: Path, state: SLAState) -> None:
-    expected = expected_layers(component_configs(folder))
+    settings = parse_settings(state)
+    expected = expected_layers(component_configs(folder), settings)
     if not expected:
         return
     try:
-        fit(state, expected, parse_settings(state))
+        fit(state, expected, settings)
     except SLAStateMismatchError as error:
         raise SLAStateMismatchError(f"{folder / PT_NAME} does not fit the model beside it: {error}") from error
 

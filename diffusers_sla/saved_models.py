@@ -5,12 +5,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 
 from .apply import self_attention_layers
+from .config import SLAConfig
 from .errors import SLAUnsupportedError
 from .families import is_known
 
@@ -41,13 +43,14 @@ def component_names(folder: str | os.PathLike) -> list[str]:
     return [name for name in names if re.fullmatch(r"[A-Za-z]\w*", name) and (folder / name).is_dir()]
 
 
-def expected_layers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def expected_layers(configs: Mapping[str, Mapping[str, Any]], settings: SLAConfig) -> dict[str, int]:
     """Head size by layer, as `self_attention_layers` gives it for the loaded models; empty if SLA knows none.
 
     Raises:
         SLAUnsupportedError: A config that its class does not take.
+        SLAConfigError: `dense_layers` names a layer that there is not.
     """
-    layers: dict[str, int] = {}
+    models = {}
     for component, config in configs.items():
         model_class = getattr(diffusers, str(config.get("_class_name")), None)
         if not isinstance(model_class, type) or not issubclass(model_class, diffusers.ModelMixin):
@@ -58,10 +61,10 @@ def expected_layers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
         except (TypeError, ValueError, KeyError) as error:
             raise SLAUnsupportedError(f"the config of {component or 'the model'} is wrong: {error}") from error
         if is_known(model):
-            for name, head_dim in self_attention_layers(model).items():
-                own, _, path = name.partition(".")
-                layers[f"{component or own}.{path}"] = head_dim
-    return layers
+            models[component] = model
+    if not models:
+        return {}
+    return self_attention_layers(models[""] if "" in models else SimpleNamespace(components=models), settings)
 
 
 def _read(path: Path) -> dict[str, Any]:

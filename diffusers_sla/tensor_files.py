@@ -76,9 +76,11 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[tuple[dict[str, str], 
 class _LazyTensors(Mapping):
     def __init__(self, opened: Any):
         self._opened = opened
-        self._names = list(opened.keys())
+        self._names = dict.fromkeys(opened.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
         return self._opened.get_tensor(name)
 
     def __iter__(self):

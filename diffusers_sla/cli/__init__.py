@@ -14,6 +14,9 @@ COMMANDS: dict[str, str] = {
     "bench": "bench",
     "push": "push",
     "pull": "pull",
+    "inspect": "inspect",
+    "convert": "convert",
+    "doctor": "doctor",
 }
 
 
