@@ -14,7 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    ModelInfo,
+    constants,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -175,7 +183,7 @@ def push_files(
     in between, `files_for` is asked again, so that it builds on what they wrote.
 
     Args:
-        files_for: Given the text of the README.md there is, or None, the files by path in the repository.
+        files_for: Given the text of a model's README.md, or None, the files by path in the repository.
 
     Raises:
         SLAHubError: Refused, or still failing after six attempts. Then nothing was committed, except where the last
@@ -192,8 +200,9 @@ def push_files(
                 api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
             info = api.repo_info(repo_id, revision=revision, repo_type=repo_type)
             head = str(info.sha)
-            there = {sibling.rfilename for sibling in getattr(info, "siblings", None) or ()}
-            files = files_for(_readme(api, repo_id, repo_type, head) if "README.md" in there else None)
+            siblings = (info.siblings or ()) if isinstance(info, ModelInfo) else ()
+            there = any(sibling.rfilename == "README.md" for sibling in siblings)
+            files = files_for(_readme(api, repo_id, head) if there else None)
             opening = create_pr
             commit = api.create_commit(
                 repo_id, [CommitOperationAdd(path, _content(content)) for path, content in files.items()],
@@ -241,9 +250,9 @@ def _content(content: bytes | str | os.PathLike) -> bytes | str:
     return content if isinstance(content, bytes) else os.fspath(content)
 
 
-def _readme(api: HfApi, repo_id: str, repo_type: str, commit: str) -> str:
+def _readme(api: HfApi, repo_id: str, commit: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=commit, cache_dir=folder)
+        path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
         return Path(path).read_text(encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "inspect",
     "convert": "convert",
     "doctor": "doctor",
+    "export-kernel": "export_kernel",
 }
 
 
