@@ -1,0 +1,46 @@
+"""Arithmetic of attention, in floating point operations (a multiply-add counts as two)."""
+
+from .config import SLAConfig
+
+
+def dense_flops(B: int, H: int, Lq: int, Lk: int, D: int) -> int:
+    """Q K^T and P V of dense attention."""
+    return 4 * B * H * Lq * Lk * D
+
+
+def sla_flops(
+    config: SLAConfig,
+    B: int,
+    H: int,
+    Lq: int,
+    Lk: int,
+    D: int,
+    kept: tuple[int, int] = (0, 0),
+    *,
+    proj_s: bool = False,
+) -> int:
+    """Matrix products of `sla_attention`: choice of blocks, sparse branch, linear branch, projections.
+
+    kept: text tokens at the front and the back, whose queries and keys stay dense.
+    """
+    text = sum(kept)
+    rows, cols = Lq - text, Lk - text
+    num_q_blocks, num_k_blocks = -(-rows // config.blkq), -(-cols // config.blkk)
+    critical = min(cols, blocks_kept(config, num_k_blocks) * config.blkk)
+    per_head = 2 * num_q_blocks * num_k_blocks * D  # scores of block means (eq. 2)
+    per_head += 4 * text * Lk * D + 4 * rows * (text + critical) * D
+    if config.linear != "none":
+        features = 2 * D if config.feature_map == "hedgehog" else D
+        per_head += 2 * (cols + rows) * features * (D + 1)  # phi(K)^T V and its row sums; phi(Q) times both
+        if config.feature_map == "hedgehog":
+            per_head += 2 * (cols + rows) * D * D
+        if config.linear == "marginal":
+            per_head += 2 * num_q_blocks * num_k_blocks * features * (D + 1)
+    if proj_s:
+        per_head += 2 * rows * D * D
+    return B * H * per_head
+
+
+def blocks_kept(config: SLAConfig, num_k_blocks: int) -> int:
+    """Key blocks that each query block attends to exactly."""
+    return max(1, int(config.topk * num_k_blocks))

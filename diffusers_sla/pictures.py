@@ -1,0 +1,118 @@
+"""Pictures of a comparison and of block maps, as PIL images."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .compare import Comparison, Result
+from .inside import LayerView, token_grid
+
+# Value in a block map -> colour and name, told apart in greyscale too.
+BLOCK_COLOURS = {1: ((23, 55, 120), "critical: exact"), 0: ((176, 203, 235), "marginal: linear branch"), -1: ((245, 240, 230), "negligible: left out")}  # fmt: skip  # noqa: E501
+
+
+def block_map_image(block_map: np.ndarray, size: int = 512) -> Image.Image:
+    """[num_q_blocks, num_k_blocks] int8 as a picture about `size` pixels wide: a row per query block."""
+    colours = np.zeros((*block_map.shape, 3), np.uint8)
+    for value, (colour, _) in BLOCK_COLOURS.items():
+        colours[block_map == value] = colour
+    factor = max(1, size // block_map.shape[1])
+    return Image.fromarray(colours).resize(
+        (block_map.shape[1] * factor, block_map.shape[0] * factor), Image.Resampling.NEAREST
+    )
+
+
+def where_a_block_looks(view: LayerView, frames: Sequence[Image.Image], head: int, q_block: int) -> list[Image.Image]:
+    """The frames with the keys that a query block attends to exactly left bright, and its own queries framed in red.
+
+    Raises:
+        ValueError: The layer's tokens do not lie on a grid over the frames, or there is no such head or block.
+    """
+    H, num_q_blocks, _ = view.block_map.shape
+    for name, value, limit in (("head", head, H), ("q_block", q_block, num_q_blocks)):
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
+    width, height = frames[0].size
+    num_tokens = view.num_tokens - sum(view.kept)
+    grid = token_grid(num_tokens, width, height, len(frames))
+    if grid is None:
+        raise ValueError(f"{num_tokens} tokens are no grid over {len(frames)} frames of {width}x{height}")
+    token = np.arange(num_tokens)
+    bright = (view.block_map[head, q_block][token // view.config.blkk] == 1).reshape(grid)
+    own = (token // view.config.blkq == q_block).reshape(grid)
+    pictures = []
+    for i, frame in enumerate(frames):
+        t = i * grid[0] // len(frames)
+        keys, queries = (
+            np.asarray(Image.fromarray((part[t] * 255).astype(np.uint8)).resize(frame.size, Image.Resampling.NEAREST))
+            for part in (bright, own)
+        )
+        pixels = np.asarray(frame.convert("RGB")).astype(np.float32)
+        dimmed = pixels * 0.25 + 20
+        pixels = np.where(keys[..., None] > 0, pixels, dimmed)
+        pixels = np.where(queries[..., None] > 0, 0.35 * pixels + 0.65 * np.array([225, 60, 45]), pixels)
+        pictures.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
+    return pictures
+
+
+def comparison_picture(
+    comparison: Comparison, views: Sequence[tuple[LayerView, int]] = (), title: str = ""
+) -> Image.Image:
+    """Images side by side and, under them, block maps: a (layer, head) each."""
+    count = len(comparison.results)
+    width = 3.2 * max(count, 3)
+    figure = Figure(figsize=(width, 4.2 + (2.2 if views else 0)), dpi=120, layout="constrained")
+    top, *rest = figure.subfigures(2 if views else 1, 1, height_ratios=[4.2, 2.2] if views else None, squeeze=False)[
+        :, 0
+    ]
+    if title:
+        figure.suptitle(title, fontsize=11)
+    for axes, result in zip(np.atleast_1d(top.subplots(1, count)), comparison.results, strict=True):
+        axes.imshow(result.frames[0])
+        axes.set_title(_caption(result, comparison.dense), fontsize=9)
+        axes.set_axis_off()
+    if views:
+        panels = np.atleast_1d(rest[0].subplots(1, len(views)))
+        for axes, (view, head) in zip(panels, views, strict=True):
+            axes.imshow(block_map_image(view.block_map[head]))
+            axes.set_title(f"{_short(view.layer)}, head {head}", fontsize=7)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        panels[0].set_ylabel("query blocks", fontsize=7)
+        panels[0].set_xlabel("key blocks", fontsize=7)
+        present = {int(value) for view, head in views for value in np.unique(view.block_map[head])}
+        patches = [_patch(*BLOCK_COLOURS[value]) for value in BLOCK_COLOURS if value in present]
+        rest[0].legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
+    return render(figure)
+
+
+def render(figure: Figure) -> Image.Image:
+    """A matplotlib figure as an image."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def _caption(result: Result, dense: Result) -> str:
+    lines = [result.name, f"{result.seconds:.1f} s, {result.attention_seconds:.1f} s of it in attention"]
+    if result is not dense:
+        faster = dense.attention_seconds / result.attention_seconds
+        near = "identical" if result.psnr == float("inf") else f"PSNR {result.psnr:.1f} dB, SSIM {result.ssim:.3f}"
+        lines += [f"attention {faster:.1f}x faster, {result.exact_share:.0%} of blocks exact", near]
+    else:
+        lines += ["every block exact", ""]
+    return "\n".join(lines)
+
+
+def _short(layer: str) -> str:
+    return layer.partition(".")[2].replace("transformer_blocks.", "block ").replace("blocks.", "block ")
+
+
+def _patch(colour, label):
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=tuple(c / 255 for c in colour), edgecolor="0.5", label=label)

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_sla import SLAConfig
+from diffusers_sla.compare import Comparison, Result
+from diffusers_sla.inside import LayerView
+from diffusers_sla.pictures import BLOCK_COLOURS, block_map_image, comparison_picture, where_a_block_looks
+
+MAP = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.int8)
+
+
+def view(kept=(0, 0)):
+    norms = np.ones((1, 64 + sum(kept)), np.float32)
+    return LayerView("transformer.a", SLAConfig(blkq=16, blkk=16), MAP[None], kept, 64 + sum(kept), norms, norms)
+
+
+def test_a_block_map_has_a_row_per_query_block_and_a_colour_per_kind():
+    picture = block_map_image(MAP, 40)
+    assert picture.size == (40, 40)
+    pixels = np.asarray(picture)
+    for (row, column), value in np.ndenumerate(MAP):
+        block = pixels[row * 10 : row * 10 + 10, column * 10 : column * 10 + 10].reshape(-1, 3)
+        assert np.array_equal(np.unique(block, axis=0), [BLOCK_COLOURS[value][0]])
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (7, 0)])
+def test_a_query_block_and_its_keys_lie_where_their_tokens_are(kept):
+    # 64 tokens on 8 x 8, 16 a block: two rows of tokens each. Block 0 attends to itself, as does every other one.
+    white = Image.new("RGB", (80, 80), "white")
+    pixels = np.asarray(where_a_block_looks(view(kept), [white], 0, 1)[0])
+    red = pixels[..., 0].astype(int) - pixels[..., 1] > 50
+    assert red[20:40].all()
+    assert not red[:20].any()
+    assert not red[40:].any()
+    assert (pixels[:20] < 120).all()  # not attended to: dark
+
+
+def test_tokens_that_are_no_grid_are_refused():
+    with pytest.raises(ValueError, match="64 tokens are no grid over 1 frames of 80x17"):
+        where_a_block_looks(view(), [Image.new("RGB", (80, 17))], 0, 0)
+    with pytest.raises(ValueError, match="q_block must be from 0 to 3, got 4"):
+        where_a_block_looks(view(), [Image.new("RGB", (80, 80))], 0, 4)
+
+
+def test_a_comparison_is_drawn_with_its_block_maps():
+    frame = Image.new("RGB", (32, 32), "teal")
+    dense = Result("dense", None, [frame], 2.0, 1.0, 1, 100, 1.0)
+    sla = Result("SLA", SLAConfig(), [frame], 1.5, 0.5, 1, 20, 0.2, {}, float("inf"), 1.0)
+    picture = comparison_picture(Comparison([dense, sla], 1, "CPU", "float32", "2"), [(view(), 0)], "title")
+    colours = {tuple(c) for c in np.asarray(picture).reshape(-1, 3)[::7]}
+    assert {(0, 128, 128), *(colour for colour, _ in BLOCK_COLOURS.values())} <= colours
+    without = comparison_picture(Comparison([dense, sla], 1, "CPU", "float32", "2"))
+    assert without.height < picture.height
