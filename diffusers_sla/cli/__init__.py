@@ -12,6 +12,8 @@ from ..errors import SLAError
 # Command -> file here; each file has a click command named `command`.
 COMMANDS: dict[str, str] = {
     "bench": "bench",
+    "demo": "demo",
+    "generate": "generate",
     "push": "push",
     "pull": "pull",
     "inspect": "inspect",

@@ -1,0 +1,101 @@
+"""`diffusers-sla demo`: one image, dense and with SLA, and what SLA did."""
+
+import json
+from pathlib import Path
+
+import click
+
+from ..config import SLAConfig
+from ..errors import SLAError
+from ..generation import Request, load_pipeline, save_frames
+from ..state import PT_NAME
+from ..weights import load_sla_weights, save_sla_weights
+from .options import device_options, dtype_of, needs_extra, progress, quieten_diffusers, request_options
+
+SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
+
+
+@click.command("demo")
+@click.option("--model", metavar="PATH_OR_REPO", help="A pipeline. Default: the sample in the project's repository.")
+@click.option(
+    "--topk", type=float, multiple=True, default=(0.2, 0.1), show_default=True,
+    help="Share of key blocks computed exactly; may be given several times.",
+)  # fmt: skip
+@click.option("--sla-config", "--sla_config", metavar="JSON", help="The other settings.")
+@click.option(
+    "--sla-weights", "--sla_weights", metavar="PATH_OR_REPO", help="Trained projections. Default: zero ones."
+)
+@request_options
+@device_options
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=Path("outputs/demo"), show_default=True
+)
+@needs_extra("demo", "matplotlib", "skimage")
+def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
+    """Generate the same image dense and with SLA, and show time, arithmetic and difference.
+
+    Writes the images, a picture of them beside block maps, comparison.json and sla_attention.pt; then loads that into
+    a fresh pipeline and checks that it makes the same image.
+    """
+    from ..compare import Variant, compare
+    from ..inside import look_inside
+    from ..pictures import comparison_picture
+
+    quieten_diffusers()
+    if model is None:
+        model = SAMPLE
+        if not SAMPLE.is_dir():
+            raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
+        wanted = _sample_defaults(wanted)
+    base = SLAConfig.parse(sla_config).to_dict()
+    variants = [
+        Variant(name=f"SLA, topk {value:g}", config=SLAConfig.parse(base | {"topk": value}), state=sla_weights)
+        for value in topk
+    ]
+    request = Request(**wanted)
+    pipe = load_pipeline(model, device, dtype_of(dtype))
+    request.arguments(pipe)
+    steps = request.num_steps(pipe)
+
+    with progress(pipe, steps * (len(variants) + 2), "dense") as bar:
+
+        def advance(name, done, total):
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        comparison = compare(pipe, request, variants, on_progress=advance)
+        variants[0].install(pipe)
+        save_sla_weights(pipe, out)
+        fresh = load_pipeline(model, device, dtype_of(dtype))
+        fresh.set_progress_bar_config(disable=True)
+        load_sla_weights(fresh, out / PT_NAME)
+        inside = look_inside(
+            fresh, request, step=(steps + 1) // 2, on_step=lambda done, total: advance(f"from {PT_NAME}", done, total)
+        )
+    saved = comparison.results[1]
+    same = saved.frames == inside.frames
+
+    title = f"{type(pipe).__name__}, seed {request.seed}, {steps} steps, {comparison.dtype} on {comparison.device}"
+    click.echo(f"\n{title}\n\n{comparison}\n")
+    suffix = ".png" if len(saved.frames) == 1 else ".gif"
+    for result in comparison.results:
+        save_frames(result.frames, out / f"{result.name.lower().replace(', topk ', '-')}{suffix}")
+    picture = out / "comparison.png"
+    comparison_picture(comparison, _few_views(list(inside.layers.values())), title).save(picture)
+    (out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+    click.echo(f"{picture}: the images, and the block maps of step {inside.step}")
+    click.echo(f"{out / PT_NAME}: loaded into a fresh pipeline, the image is {'identical' if same else 'DIFFERENT'}")
+    if not same:
+        raise SLAError(f"the image from {out / PT_NAME} is not the one of {saved.name!r}")
+
+
+def _sample_defaults(wanted):
+    """The sample pipeline's own values, where the user names none."""
+    defaults = {"class_label": "temple", "steps": 12, "guidance_scale": 2.0}
+    return wanted | {name: value for name, value in defaults.items() if wanted[name] is None}
+
+
+def _few_views(layers):
+    """(layer, head) pairs for a row of pictures: three layers, two heads of each."""
+    picked = {0: None, len(layers) // 2: None, len(layers) - 1: None}
+    return [(layers[i], head) for i in picked for head in range(min(2, len(layers[i].block_map)))]
