@@ -236,36 +236,53 @@ def record(model_or_pipe: Any, layers: list[str] | None = None) -> Iterator[list
 
 
 @dataclass
-class AttentionClock:
-    """Seconds spent in the attention calls of SLA layers, how many calls there were, and the last one of each layer.
-
-    shapes: layer -> query's shape [B, H, Lq, D], key's shape, and the text tokens at the front and the back.
-    """
+class LayerClock:
+    """Seconds and number of a layer's calls; of the last one the shapes of query and key, [B, H, L, D], and the text
+    tokens at the front and the back of each."""
 
     seconds: float = 0.0
     calls: int = 0
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = field(default_factory=dict)
+    query_shape: tuple[int, ...] = ()
+    key_shape: tuple[int, ...] = ()
+    kept: tuple[int, int] = (0, 0)
+    kept_keys: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class AttentionClock:
+    """Time spent in the attention calls of each SLA layer, and of all."""
+
+    layers: dict[str, LayerClock] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return sum(layer.seconds for layer in self.layers.values())
+
+    @property
+    def calls(self) -> int:
+        return sum(layer.calls for layer in self.layers.values())
 
 
 @contextlib.contextmanager
 def attention_clock(model_or_pipe: Any) -> Iterator[AttentionClock]:
     """Measure the time spent in attention, waiting for the device before and after each call."""
-    clock = AttentionClock()
+    clock = AttentionClock({name: LayerClock() for name in sla_layers(model_or_pipe)})
 
-    def watcher(name):
+    def watcher(layer):
         def watch(processor, query, key, value, key_mask, kept, run):
             _wait(query.device)
             start = time.perf_counter()
             output = run()
             _wait(query.device)
-            clock.seconds += time.perf_counter() - start
-            clock.calls += 1
-            clock.shapes[name] = (tuple(query.shape), tuple(key.shape), kept)
+            layer.seconds += time.perf_counter() - start
+            layer.calls += 1
+            layer.query_shape, layer.key_shape = tuple(query.shape), tuple(key.shape)
+            layer.kept, layer.kept_keys = kept, processor.kept_keys(query, key, kept)
             return output
 
         return watch
 
-    with watch_attention(model_or_pipe, {name: watcher(name) for name in sla_layers(model_or_pipe)}):
+    with watch_attention(model_or_pipe, {name: watcher(layer) for name, layer in clock.layers.items()}):
         yield clock
 
 

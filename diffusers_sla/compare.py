@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from .apply import apply_sla, attention_clock, remove_sla, sla_disabled, sla_layers, sla_report
+from .apply import apply_sla, attention_clock, remove_sla, sla_disabled, sla_layers
 from .config import SLAConfig
 from .errors import SLAError
 from .flops import blocks_kept, dense_flops, sla_flops
@@ -42,7 +42,8 @@ class Variant:
 class Result:
     """How one variant ran.
 
-    seconds: the whole call. attention_seconds: its self-attention layers. attention_flops: the same layers.
+    seconds: the whole call. attention_seconds: its self-attention layers; those that the settings leave native are
+    taken at their time in the dense run. attention_flops: the same layers.
     exact_share: share of (query block, key block) pairs computed exactly. dense_calls: attention calls that SLA
     could not serve, by reason. psnr [dB] and ssim: against dense, None for dense itself; psnr is infinite where
     the two are the same to the bit.
@@ -143,11 +144,17 @@ def compare(
     request.arguments(pipe)
     results: list[Result] = []
     try:
-        for variant in (None, *variants):
-            results.append(_run(pipe, request, variant, warm_up, on_progress))
-            if variant is not None:
-                results[-1].psnr = psnr(results[0].frames, results[-1].frames)
-                results[-1].ssim = ssim(results[0].frames, results[-1].frames)
+        apply_sla(pipe)  # for the clock; every layer runs its native attention
+        with sla_disabled(pipe):
+            generation, dense_clock = _timed(pipe, request, "dense", warm_up, on_progress)
+        results.append(_result("dense", None, pipe, generation, dense_clock, dense_clock))
+        for variant in variants:
+            variant.install(pipe)
+            generation, clock = _timed(pipe, request, variant.name, warm_up, on_progress)
+            result = _result(variant.name, variant.config, pipe, generation, clock, dense_clock)
+            result.psnr = psnr(results[0].frames, result.frames)
+            result.ssim = ssim(results[0].frames, result.frames)
+            results.append(result)
     finally:
         remove_sla(pipe)
     return Comparison(
@@ -156,39 +163,35 @@ def compare(
     )  # fmt: skip
 
 
-def _run(pipe, request, variant, warm_up, on_progress) -> Result:
-    name = variant.name if variant else "dense"
-    if variant is None:
-        apply_sla(pipe)  # for the clock; every layer runs its native attention
-        with sla_disabled(pipe):
-            generation, clock = _timed(pipe, request, name, warm_up, on_progress)
-    else:
-        variant.install(pipe)
-        generation, clock = _timed(pipe, request, name, warm_up, on_progress)
-    report = sla_report(pipe).layers
-    flops, exact, pairs = 0, 0, 0
+def _result(name, config, pipe, generation, clock, dense_clock) -> Result:
+    installed = sla_layers(pipe)
+    seconds, flops, exact, pairs = 0.0, 0, 0, 0
     dense_calls: dict[str, int] = {}
-    for layer, (q_shape, k_shape, kept) in clock.shapes.items():
-        B, H, Lq, D = q_shape
-        Lk = k_shape[2]
-        calls = report[layer]
-        num_dense = sum(calls.calls_dense.values())
-        num_all = calls.calls_sla + num_dense
-        config = variant.config if variant else SLAConfig()
-        blocks = -(-(Lk - sum(kept)) // config.blkk)
-        per_row = blocks_kept(config, blocks)
-        weights = sla_layers(pipe)[layer].state
-        once = sla_flops(config, B, H, Lq, Lk, D, kept, proj_s=weights.proj_s_weight is not None)
-        flops += calls.calls_sla * once + num_dense * dense_flops(B, H, Lq, Lk, D)
-        exact += calls.calls_sla * per_row + num_dense * blocks
-        pairs += num_all * blocks
-        for why, count in calls.calls_dense.items():
-            if why != "disabled":
-                dense_calls[why] = dense_calls.get(why, 0) + count
+    for layer, in_dense in dense_clock.layers.items():
+        seen = clock.layers.get(layer, in_dense)
+        if not seen.calls:
+            continue
+        seconds += seen.seconds
+        B, H, Lq, D = seen.query_shape
+        Lk, text_keys = seen.key_shape[2], sum(seen.kept_keys)
+        settings = config or SLAConfig()
+        blocks = -(-(Lk - text_keys) // settings.blkk)
+        calls_sla, calls_dense = 0, seen.calls
+        if layer in installed:
+            calls_sla, calls_dense = installed[layer].calls_sla, sum(installed[layer].calls_dense.values())
+            for why, count in installed[layer].calls_dense.items():
+                if why != "disabled":
+                    dense_calls[why] = dense_calls.get(why, 0) + count
+        has_proj_s = calls_sla and installed[layer].state.proj_s_weight is not None
+        flops += calls_dense * dense_flops(B, H, Lq, Lk, D)
+        flops += calls_sla * sla_flops(
+            settings, B, H, Lq, Lk, D, sum(seen.kept), text_keys, proj_s=bool(has_proj_s)
+        )  # fmt: skip
+        exact += calls_sla * blocks_kept(settings, blocks) + calls_dense * blocks
+        pairs += seen.calls * blocks
     return Result(
-        name, variant.config if variant else None, generation.frames, generation.seconds, clock.seconds, clock.calls,
-        flops, exact / pairs, dense_calls,
-    )  # fmt: skip
+        name, config, generation.frames, generation.seconds, seconds, clock.calls, flops, exact / pairs, dense_calls
+    )
 
 
 def _timed(pipe, request, name, warm_up, on_progress):

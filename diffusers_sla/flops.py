@@ -9,26 +9,18 @@ def dense_flops(B: int, H: int, Lq: int, Lk: int, D: int) -> int:
 
 
 def sla_flops(
-    config: SLAConfig,
-    B: int,
-    H: int,
-    Lq: int,
-    Lk: int,
-    D: int,
-    kept: tuple[int, int] = (0, 0),
-    *,
+    config: SLAConfig, B: int, H: int, Lq: int, Lk: int, D: int, text_queries: int = 0, text_keys: int = 0, *,
     proj_s: bool = False,
-) -> int:
+) -> int:  # fmt: skip
     """Matrix products of `sla_attention`: choice of blocks, sparse branch, linear branch, projections.
 
-    kept: text tokens at the front and the back, whose queries and keys stay dense.
+    text_queries, text_keys: tokens that stay dense: these queries see every key, every query sees these keys.
     """
-    text = sum(kept)
-    rows, cols = Lq - text, Lk - text
+    rows, cols = Lq - text_queries, Lk - text_keys
     num_q_blocks, num_k_blocks = -(-rows // config.blkq), -(-cols // config.blkk)
     critical = min(cols, blocks_kept(config, num_k_blocks) * config.blkk)
     per_head = 2 * num_q_blocks * num_k_blocks * D  # scores of block means (eq. 2)
-    per_head += 4 * text * Lk * D + 4 * rows * (text + critical) * D
+    per_head += 4 * text_queries * Lk * D + 4 * rows * (text_keys + critical) * D
     if config.linear != "none":
         features = 2 * D if config.feature_map == "hedgehog" else D
         per_head += 2 * (cols + rows) * features * (D + 1)  # phi(K)^T V and its row sums; phi(Q) times both

@@ -22,7 +22,8 @@ class LayerView:
     """One layer at one step, first sample of the batch.
 
     block_map: [H, num_q_blocks, num_k_blocks] int8: 1 critical, 0 marginal, -1 negligible; blocks are cut on the
-    tokens between the text. kept: text tokens at the front and the back. num_tokens: all of them.
+    tokens between the text. kept, kept_keys: text tokens at the front and the back of the queries and of the keys.
+    num_tokens: all queries.
     sparse_norm, linear_norm: [H, num_tokens] length of what each branch adds to the output, projections included.
     """
 
@@ -30,6 +31,7 @@ class LayerView:
     config: SLAConfig
     block_map: np.ndarray
     kept: tuple[int, int]
+    kept_keys: tuple[int, int]
     num_tokens: int
     sparse_norm: np.ndarray
     linear_norm: np.ndarray
@@ -108,14 +110,22 @@ def _look(inside, name, processor, query, key, value, key_mask, kept, output, la
     if layers is not None and name not in layers:
         return
     config = processor.config
-    keep = dict(key_mask=mask, keep_q=kept, keep_k=kept)
+    kept_keys = processor.kept_keys(query, key, kept)
+    keep = dict(key_mask=mask, keep_q=kept, keep_k=kept_keys)
     block_map = select_blocks(q, k, topk=config.topk, blkq=config.blkq, blkk=config.blkk, skip=config.skip, **keep)
     sparse = sla_attention(
         q, k, v, topk=config.topk, blkq=config.blkq, blkk=config.blkk, skip=config.skip, linear="none",
         proj_s_weight=processor.state.proj_s_weight, block_map=block_map, **keep,
     )  # fmt: skip
     inside.layers[name] = LayerView(
-        name, config, block_map[0].cpu().numpy(), tuple(kept), q.shape[2], _norm(sparse), _norm(o - sparse)
+        name,
+        config,
+        block_map[0].cpu().numpy(),
+        tuple(kept),
+        tuple(kept_keys),
+        q.shape[2],
+        _norm(sparse),
+        _norm(o - sparse),
     )
 
 

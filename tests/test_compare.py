@@ -98,6 +98,16 @@ def test_calls_that_ran_dense_are_in_the_table():
     assert result.exact_share == pytest.approx((6 / 64 + 1) / 2)
 
 
+def test_layers_that_stay_native_count_as_in_the_dense_run():
+    config = SLAConfig(topk=0.1, blkq=16, blkk=16, dense_layers=[0])
+    dense, half = compare(tiny_dit(), REQUEST, [Variant(name="half", config=config)], warm_up=False).results
+    assert half.exact_share == pytest.approx((6 / 64 + 1) / 2)
+    assert half.attention_flops == 3 * dense_flops(1, 2, 1024, 1024, 8) + 3 * sla_flops(config, 1, 2, 1024, 1024, 8)
+    assert half.attention_calls == 3
+    assert half.dense_calls == {}
+    assert dense.attention_calls == 6
+
+
 def test_installed_sla_is_not_thrown_away():
     pipe = apply_sla(tiny_dit(), SPARSE)
     with pytest.raises(SLAError, match=r"remove_sla\(pipe\) first"):

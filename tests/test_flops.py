@@ -25,8 +25,8 @@ def test_text_stays_dense():
     scores = 2 * 10 * 10 * 8
     text = 4 * 7 * 167 * 8
     image = 4 * 160 * (7 + 32) * 8
-    assert sla_flops(config, 1, 1, 167, 167, 8, (7, 0)) == sla_flops(config, 1, 1, 167, 167, 8, (0, 7))
-    assert sla_flops(config, 1, 1, 167, 167, 8, (7, 0)) == scores + text + image
+    assert sla_flops(config, 1, 1, 167, 167, 8, 7, 7) == scores + text + image
+    assert sla_flops(config, 1, 1, 160, 167, 8, 0, 7) == scores + image
 
 
 @pytest.mark.parametrize("L", [1, 100, 160])

@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_sla"
 # A unit (a file or a folder here) imports only from levels above its own; inside a folder, files import each other.
 LEVELS = (
     {"errors", "kernel"},
-    {"config", "rewrite", "families"},
-    {"processor", "state", "flops", "generation"},
-    {"apply"},
-    {"setter", "weights", "benchmark", "export_kernel", "cards"},
-    {"compare", "inside", "hub", "training"},
+    {"config", "families", "foreign", "parallel", "rewrite", "tensor_files"},
+    {"denoising", "flops", "generation", "state"},
+    {"cards", "processor"},
+    {"apply", "hub"},
+    {"benchmark", "export_kernel", "push", "report", "saved_models", "setter", "weights"},
+    {"compare", "inside", "training"},
     {"pictures", "__init__"},
     {"cli"},
     {"__main__"},

@@ -12,7 +12,7 @@ MAP = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=
 
 def view(kept=(0, 0)):
     norms = np.ones((1, 64 + sum(kept)), np.float32)
-    return LayerView("transformer.a", SLAConfig(blkq=16, blkk=16), MAP[None], kept, 64 + sum(kept), norms, norms)
+    return LayerView("transformer.a", SLAConfig(blkq=16, blkk=16), MAP[None], kept, kept, 64 + sum(kept), norms, norms)
 
 
 def test_a_block_map_has_a_row_per_query_block_and_a_colour_per_kind():

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -25,4 +26,4 @@ def test_the_settings_table_has_every_setting_and_its_default():
     rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
     for name, default in SLAConfig().to_dict().items():
         row = next(row for row in rows if f"`{name}`" in row[1])
-        assert str(default).lower() in row[2].lower()
+        assert json.dumps(default).strip('"') in row[2]

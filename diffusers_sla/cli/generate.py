@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..apply import apply_sla, sla_report
+from ..apply import apply_sla, sla_layers
 from ..config import SLAConfig
 from ..generation import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request, check_suffix, generate, load_pipeline, save_frames
 from ..weights import load_sla_weights
@@ -59,7 +59,7 @@ def command(model, attention_mechanism, sla_config, sla_weights, device, dtype, 
         result = generate(pipe, request, on_step=lambda done, total: bar.update())
     print(save_frames(result.frames, out, fps))
     if attention_mechanism == "sla":
-        layers = [layer for layer in sla_report(pipe).layers.values() if layer.runs == "sla"]
+        layers = sla_layers(pipe).values()
         calls = sum(layer.calls_sla for layer in layers)
         dense = sum(sum(layer.calls_dense.values()) for layer in layers)
         print(f"{result.seconds:.1f} s; {len(layers)} layers: {calls} calls SLA, {dense} dense", file=sys.stderr)
