@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "diffusers_sla"
 LEVELS = (
     {"errors", "kernel"},
     {"config", "families", "foreign", "parallel", "rewrite", "tensor_files"},
-    {"denoising", "flops", "generation", "state"},
-    {"cards", "processor"},
+    {"denoising", "flops", "generation", "state", "wan_checkpoint"},
+    {"benchmark", "cards", "processor"},
     {"apply", "hub"},
-    {"benchmark", "export_kernel", "push", "report", "saved_models", "setter", "weights"},
-    {"compare", "inside", "training"},
+    {"doctor", "export_kernel", "report", "saved_models", "setter", "weights"},
+    {"compare", "conversion", "inside", "inspection", "push", "training"},
     {"pictures", "__init__"},
     {"cli"},
     {"__main__"},
@@ -23,9 +23,9 @@ LEVELS = (
 KERNEL_MAY_IMPORT = {"torch", "triton"} | sys.stdlib_module_names
 # Heavy or networked libraries -> the only units that import them, and not before they are needed.
 ONLY_IN = {
-    "triton": {"kernel"},
+    "triton": {"kernel", "benchmark"},
     "huggingface_hub": {"hub", "cards"},
-    "matplotlib": {"pictures"},
+    "matplotlib": {"pictures", "cli"},
     "skimage": {"compare"},
     "gradio": set(),
     "accelerate": {"training"},
