@@ -290,7 +290,8 @@ def attention_clock(model_or_pipe: Any) -> Iterator[AttentionClock]:
 def watch_attention(model_or_pipe: Any, watchers: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     """Call `watch(processor, query, key, value, key_mask, kept, run)` in place of a layer's attention.
 
-    `run()` computes it; what `watch` returns [B, H, L, D] is what the layer goes on with.
+    `run()` computes it; what `watch` returns [B, H, L, D] is what the layer goes on with. For a call that SLA serves,
+    `run` is a functools.partial with the keywords of `sla_attention` (scale, key_mask, keep_q, keep_k).
 
     Args:
         watchers: Layer, as `sla_layers` names it -> watch. A layer has one at a time: an inner block's.

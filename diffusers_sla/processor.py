@@ -1,6 +1,7 @@
 """SLAAttnProcessor: what a user sets on a model, and what sits on each layer afterwards."""
 
 import collections
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -197,12 +198,10 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
         if reason is not None:
             run = dense
         elif exchange is None:
-
-            def run():
-                return self.state(
-                    query, key, value, self.config, scale=scale, key_mask=key_mask, keep_q=keep_q, keep_k=keep_k
-                )
-
+            # A partial, so that a watcher sees that SLA serves this call, and with what.
+            run = functools.partial(
+                self.state, query, key, value, self.config, scale=scale, key_mask=key_mask, keep_q=keep_q, keep_k=keep_k
+            )
         else:
 
             def run():
