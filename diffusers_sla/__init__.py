@@ -4,6 +4,7 @@ from .apply import apply_sla, record, remove_sla, sla_disabled, sla_layers, sla_
 from .config import SLAConfig
 from .errors import (
     SLAConfigError,
+    SLADataError,
     SLAError,
     SLAHubError,
     SLASettingsConflictError,
@@ -12,6 +13,7 @@ from .errors import (
     SLAStateMismatchError,
     SLAStateNotFoundError,
     SLAStateVersionError,
+    SLATrainingError,
     SLAUnsupportedError,
 )
 from .kernel import select_blocks, sla_attention
@@ -29,6 +31,7 @@ __all__ = [
     "SLAAttnProcessor",
     "SLAConfig",
     "SLAConfigError",
+    "SLADataError",
     "SLAError",
     "SLAHubError",
     "SLASettingsConflictError",
@@ -37,6 +40,7 @@ __all__ = [
     "SLAStateMismatchError",
     "SLAStateNotFoundError",
     "SLAStateVersionError",
+    "SLATrainingError",
     "SLAUnsupportedError",
     "apply_sla",
     "load_sla_weights",

@@ -4,6 +4,8 @@
     ├── SLAConfigError (ValueError)         a setting is out of range, unknown or contradicts another
     ├── SLAUnsupportedError (ValueError)    a model, layer or call that SLA cannot serve
     ├── SLAHubError (OSError)               the Hub cannot be reached, refuses, or has no such thing
+    ├── SLADataError (ValueError)           training data is missing or wrong
+    ├── SLATrainingError (RuntimeError)     a training run cannot go on
     └── SLAStateError (ValueError)          a state file is wrong
         ├── SLAStateNotFoundError (OSError)     no state file where one is needed
         ├── SLAStateFormatError                 truncated, foreign or damaged
@@ -30,6 +32,14 @@ class SLAUnsupportedError(SLAError, ValueError):
 
 class SLAHubError(SLAError, OSError):
     """The Hub cannot be reached, refuses, or has no such repository, revision or file."""
+
+
+class SLADataError(SLAError, ValueError):
+    """Training data is missing or wrong."""
+
+
+class SLATrainingError(SLAError, RuntimeError):
+    """A training run cannot go on. Its last checkpoint is whole."""
 
 
 class SLAStateError(SLAError, ValueError):

@@ -28,7 +28,7 @@ from transformers import (
 
 
 def tokenizer(length):
-    words = ["<pad>", "<eos>", "<unk>", *"a red blue cat dog on in the grass photo of".split()]
+    words = ["<pad>", "<eos>", "<unk>", *["a", "red", "blue", "cat", "dog", "on", "in", "the", "grass", "photo", "of"]]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -68,7 +68,8 @@ def dit():
 
 def sd():
     return StableDiffusionPipeline(
-        vae(), clip(8), tokenizer(16), make("unet")[0], DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False), None, None,
+        vae(), clip(8), tokenizer(16), make("unet")[0],
+        DDIMScheduler(prediction_type="v_prediction", steps_offset=1, clip_sample=False), None, None,
         requires_safety_checker=False,
     )  # fmt: skip
 
@@ -81,7 +82,9 @@ def flux():
 
 
 def wan():
-    model = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])  # fmt: skip  # noqa: E501
+    model = AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+    )  # fmt: skip
     model.register_to_config(latents_mean=[0.1] * 4, latents_std=[0.5] * 4)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(tokenizer(12), t5(UMT5EncoderModel, UMT5Config, 16), model.eval(), scheduler, make("wan")[0])

@@ -14,6 +14,8 @@ COMMANDS: dict[str, str] = {
     "bench": "bench",
     "demo": "demo",
     "generate": "generate",
+    "finetune": "finetune",
+    "calibrate": "calibrate",
     "push": "push",
     "pull": "pull",
     "inspect": "inspect",

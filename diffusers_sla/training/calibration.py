@@ -71,7 +71,7 @@ class CalibrationReport:
         return sum(getattr(fit, name) for fit in self.layers.values()) / len(self.layers)
 
     def __str__(self) -> str:
-        rows = [("layer", "error before", "after", "fitted", "ridge A", "ridge W")]
+        rows: list[tuple[str, ...]] = [("layer", "error before", "after", "fitted", "ridge A", "ridge W")]
         for name, fit in self.layers.items():
             ridges = ("kept as it was" if r is None else f"{r:.0e}" for r in (fit.ridge_s, fit.ridge_l))
             errors = (f"{e:.3f}" for e in (fit.error_before, fit.error_after, fit.error_fitted))
@@ -194,15 +194,16 @@ class _Watcher:
         real = None if key_mask is None else key_mask[:, first:last]
         group = query.shape[1] // key.shape[1]
         heads = max(1, ROWS_AT_ONCE // (query.shape[0] * query.shape[2] * group))
+
+        def rows(x):  # rows of padding are nobody's output
+            x = x[:, :, first:last]
+            return x.reshape(-1, x.shape[-1]) if real is None else x[real[:, None].expand(x.shape[:3])]
+
         with full_precision():
             for start in range(0, key.shape[1], heads):
-                some = slice(start * group, (start + heads) * group)
-                o_s, o_l = branches(processor, query[:, some], *(x[:, start : start + heads] for x in (key, value)), **keywords)
-                rows = [None if x is None else x[:, :, first:last] for x in (o_s, o_l, dense[:, some])]
-                if real is not None:  # rows of padding are nobody's output
-                    here = real[:, None].expand(rows[0].shape[:3])
-                    rows = [None if x is None else x[here] for x in rows]
-                self.moments[self.held_out].add(*(None if x is None else x.reshape(-1, x.shape[-1]) for x in rows))
+                some, pair = slice(start * group, (start + heads) * group), slice(start, start + heads)
+                o_s, o_l = branches(processor, query[:, some], key[:, pair], value[:, pair], **keywords)
+                self.moments[self.held_out].add(rows(o_s), None if o_l is None else rows(o_l), rows(dense[:, some]))
         return dense
 
 

@@ -76,7 +76,7 @@ def fit_layer(fitted: Moments, held_out: Moments) -> LayerFit:
     moments, check = (part.sum.cpu() / part.rows for part in (fitted, held_out))
     start = torch.zeros(inner.stop, D, dtype=torch.float64)
     start[:D] = torch.eye(D, dtype=torch.float64)
-    best = (_error(check, start), start, None, None)
+    best: tuple[float, Tensor, float | None, float | None] = (_error(check, start), start, None, None)
     before = best[0]
     # From the fewest weights to the most, so that more of them have to earn their place.
     pairs = [(s, w) for s in RIDGES for w in (RIDGES if fitted.linear else (None,)) if (s, w) != (None, None)]

@@ -35,7 +35,9 @@ def fold_proj_s(model_or_pipe: Any) -> list[str]:
         if not isinstance(out, nn.Linear):
             raise SLAUnsupportedError(f"{name} has no output projection of its own that proj_s could go into")
         if family_of(models[component]).text and getattr(attn, "to_add_out", None) is None:
-            raise SLAUnsupportedError(f"proj_s of {name} cannot be folded: its text tokens share the output projection")
+            raise SLAUnsupportedError(
+                f"proj_s of {name} cannot be folded: its text tokens share the output projection"
+            )
         a = layer.state.proj_s_weight.double()
         condition = torch.linalg.cond(a).item()
         if not condition < LARGEST_CONDITION:
@@ -46,6 +48,7 @@ def fold_proj_s(model_or_pipe: Any) -> list[str]:
         out.weight.copy_((heads @ a).flatten(1))
         if state.proj_l_weight is not None:
             state.proj_l_weight.copy_(torch.linalg.solve(a, state.proj_l_weight.double()))
+            assert state.proj_l_bias is not None
             state.proj_l_bias.copy_(torch.linalg.solve(a, state.proj_l_bias.double()))
         state.proj_s_weight = None
     return [name for name, *_ in planned]

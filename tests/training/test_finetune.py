@@ -1,0 +1,302 @@
+import json
+import logging
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import DiffusionPipeline
+from PIL import Image
+from pipelines import SIZES
+from safetensors.torch import load_file, save_file
+
+from diffusers_sla import (
+    SLAConfig,
+    SLAConfigError,
+    SLADataError,
+    SLAStateNotFoundError,
+    SLATrainingError,
+    SLAUnsupportedError,
+    load_sla_weights,
+    sla_layers,
+    sla_parameters,
+)
+from diffusers_sla.cli import main
+from diffusers_sla.state import read_state
+from diffusers_sla.training import checkpoint
+from diffusers_sla.training import finetune as loop
+from diffusers_sla.training.finetune import finetune
+from diffusers_sla.training.settings import FinetuneSettings
+
+CONFIG = SLAConfig(topk=0.25, blkq=16, blkk=16)
+
+
+@pytest.fixture
+def settings(tmp_path, saved_pipeline, photos, videos):
+    def make(name="dit", out="out", **values):
+        sizes = {"guidance_scale": 1.0, **SIZES[name]}
+        data = videos if name == "wan" else photos
+        values = {"data": data, "caption_column": "label" if name == "dit" else "text"} | sizes | values
+        if values.get("attention_mechanism") != "diffusers":
+            values.setdefault("sla_config", CONFIG)
+        return FinetuneSettings(
+            model=saved_pipeline(name), output_dir=tmp_path / out, cpu=True, sampling_steps=2,
+            **{"max_train_steps": 2, "report_to": "none"} | values,
+        )  # fmt: skip
+
+    return make
+
+
+def tensors(folder):
+    """Every weight in a result or checkpoint, by file and name."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        if path.relative_to(folder).parts[0].startswith("checkpoint"):
+            continue
+        found |= {f"{path.relative_to(folder)}:{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "values"),
+    [
+        ("dit", "full", {"train_batch_size": 2, "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0.5}),
+        ("sd", "lora", {"train_batch_size": 2}),
+        ("flux", "lora", {"train_batch_size": 2, "gradient_checkpointing": True}),
+        ("flux", "projection", {"objective": "distill"}),
+        ("wan", "full", {}),
+        ("wan", "lora", {"objective": "distill", "data": None, "prompts": ("a red cat", "a dog")}),
+    ],
+)
+def test_what_it_writes_is_what_anyone_can_load(settings, name, train, values):
+    result = finetune(settings(name, train=train, **values))
+    assert result.step == 2
+    assert result.loss > 0
+    out, component = result.folder, "unet" if name == "sd" else "transformer"
+    pipe = DiffusionPipeline.from_pretrained(settings(name).model)
+    before = {key: tensor.clone() for key, tensor in getattr(pipe, component).state_dict().items()}
+    if train == "full":
+        model = type(getattr(pipe, component)).from_pretrained(out, subfolder=component)
+        setattr(pipe, component, model)
+        assert any(not torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+        assert model.state_dict().keys() == before.keys()  # nothing of SLA's among them
+    elif train == "lora":
+        pipe.load_lora_weights(out)
+        lora = {key: tensor for key, tensor in getattr(pipe, component).state_dict().items() if "lora_B" in key}
+        assert lora
+        assert all(tensor.any() for tensor in lora.values())
+    load_sla_weights(pipe, out)
+    layers = sla_layers(pipe)
+    assert all(layer.config == CONFIG for layer in layers.values())
+    assert all(parameter.any() for parameter in sla_parameters(pipe))
+    assert json.loads((out / "training.json").read_text())["step"] == 2
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("dit", {"train": "full", "use_ema": True, "lr_scheduler": "cosine", "train_batch_size": 2}),
+        ("sd", {"train": "lora", "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0.5}),
+        ("wan", {"train": "projection", "objective": "distill", "data": None, "prompts": ("a", "red", "cat")}),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(settings, name, values):
+    values = {"checkpointing_steps": 3, "max_train_steps": 5} | values
+    through = finetune(settings(name, "through", **values))
+
+    real = loop._Run._step
+
+    def interrupted(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    loop._Run._step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings(name, "resumed", **values))
+    finally:
+        loop._Run._step = real
+    resumed = finetune(settings(name, "resumed", resume="latest", **values))
+    assert (through.resumed_from, resumed.resumed_from) == (0, 3)
+    ours, theirs = tensors(through.folder), tensors(resumed.folder)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    checkpoint = tensors(through.folder / "checkpoint-3")
+    assert any(not torch.equal(checkpoint[key], ours[key]) for key in checkpoint)
+
+
+def test_the_average_becomes_the_result_and_the_checkpoint_goes_on(settings):
+    out = finetune(settings(train="projection", use_ema=True, ema_decay=0.5)).folder
+    result, checkpoint = tensors(out), tensors(out / "checkpoint-2")
+    assert result.keys() == checkpoint.keys()
+    assert not all(torch.equal(result[key], checkpoint[key]) for key in result)
+
+
+def test_the_models_own_attention_can_be_trained_to_compare(settings):
+    out = finetune(settings(attention_mechanism="diffusers", train="full")).folder
+    assert not list(out.glob("sla_attention*"))
+    assert (out / "transformer" / "config.json").is_file()
+
+
+def test_projections_can_start_from_a_state_file(settings):
+    first = finetune(settings(train="projection")).folder
+    second = finetune(
+        settings(out="b", train="projection", sla_weights=str(first), projection_learning_rate=1e-12)
+    ).folder
+    ours, theirs = read_state(first).layers, read_state(second).layers
+    for layer in ours:
+        for name, tensor in ours[layer].items():
+            torch.testing.assert_close(tensor, theirs[layer][name])
+
+
+def test_validation_shows_dense_beside_sla_and_changes_nothing(settings):
+    values = {"train": "full", "report_to": "tensorboard"}
+    shown = finetune(settings(out="a", validation_prompts=("cat", "dog"), validation_steps=1, **values)).folder
+    plain = finetune(settings(out="b", **values)).folder
+    ours, theirs = tensors(shown), tensors(plain)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    sheets = sorted((shown / "validation").iterdir())
+    assert [path.name for path in sheets] == ["step-000001.png", "step-000002.png"]
+    sheet = Image.open(sheets[1])
+    assert sheet.size == (64, 64)  # two columns, two rows of 32 x 32
+    assert sheet.crop((0, 0, 32, 64)).tobytes() != sheet.crop((32, 0, 64, 64)).tobytes()
+    assert list((shown / "logs").rglob("events.*"))
+
+
+def test_unreadable_files_are_named_and_counted(settings, tmp_path, photos, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("0.png", "1.png"):
+        (folder / name).write_bytes((photos / name).read_bytes())
+    (folder / "bad.png").write_text("no image")
+    lines = [json.dumps({"file_name": name, "label": "cat"}) for name in ("0.png", "bad.png", "1.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with caplog.at_level(logging.WARNING):
+        finetune(settings(data=folder))
+    assert "bad.png: cannot identify image file" in caplog.text
+    assert "skipped 1 of 3 files" in caplog.text
+    (folder / "metadata.jsonl").write_text(lines[1])
+    with pytest.raises(SLADataError, match="none of the 1 files"):
+        finetune(settings(data=folder))
+
+
+def test_an_empty_folder_stops_before_a_model_is_loaded(settings, tmp_path):
+    (tmp_path / "empty").mkdir()
+    values = settings(data=tmp_path / "empty").to_dict() | {"model": "there/is-no-such-model"}
+    values |= {"output_dir": tmp_path / "out", "data": tmp_path / "empty", "sla_config": CONFIG}
+    with pytest.raises(SLADataError, match="has no file to train on"):
+        finetune(FinetuneSettings(**values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(settings, monkeypatch):
+    real = loop.denoising_loss
+    calls = []
+
+    def poisoned(output, target):
+        calls.append(1)
+        return real(output, target) * (torch.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(loop, "denoising_loss", poisoned)
+    out = settings().output_dir
+    with pytest.raises(SLATrainingError, match=r"loss is no longer finite at step 4 .*checkpoint-3$"):
+        finetune(settings(max_train_steps=9, checkpointing_steps=3))
+    good = read_state(out / "checkpoint-3")
+    assert all(tensor.isfinite().all() for layer in good.layers.values() for tensor in layer.values())
+    monkeypatch.setattr(loop, "denoising_loss", real)
+    assert finetune(settings(max_train_steps=4, resume="latest")).resumed_from == 3
+
+
+@pytest.mark.parametrize("broken", ["torch", "state"])
+def test_a_full_disk_costs_neither_the_last_checkpoint_nor_the_run(settings, monkeypatch, caplog, broken):
+    out = settings().output_dir
+    owner, name = (torch, "save") if broken == "torch" else (checkpoint, "write_state")
+    real = getattr(owner, name)
+    saves = []
+
+    def full(*args, **kwargs):
+        if "partial-4" in str(args):
+            saves.append(args)
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, full)
+    with caplog.at_level(logging.ERROR):
+        result = finetune(settings(max_train_steps=6, checkpointing_steps=2))
+    assert saves
+    assert "checkpoint-4 could not be saved" in caplog.text
+    assert f"the last good checkpoint: {out / 'checkpoint-2'}" in caplog.text
+    assert result.step == 6
+    assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_old_checkpoints_go_and_the_newest_is_found(settings):
+    out = finetune(settings(max_train_steps=12, checkpointing_steps=3, checkpoints_total_limit=2)).folder
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+    resumed = finetune(settings(max_train_steps=13, resume="latest"))
+    assert resumed.resumed_from == 12
+    assert finetune(settings(max_train_steps=13, resume=str(out / "checkpoint-12"))).resumed_from == 12
+
+
+def test_what_cannot_be_resumed_says_why(settings, tmp_path):
+    out = finetune(settings()).folder
+    with pytest.raises(SLATrainingError, match="train was 'full' and is 'lora'; seed was 0 and is 1"):
+        finetune(settings(train="lora", seed=1, resume="latest"))
+    with pytest.raises(SLADataError, match=r"is no checkpoint .* no training\.json"):
+        finetune(settings(resume=str(tmp_path)))
+    for path in (out / "checkpoint-2").glob("sla_attention.*"):
+        path.unlink()
+    with pytest.raises(SLAStateNotFoundError, match="as little as one step"):
+        finetune(settings(max_train_steps=3, resume="latest"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": "some"}, "train must be one of projection, lora, full, got 'some'"),
+        ({"rank": 0}, "rank must be 1 or more, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number above 0"),
+        ({"data": None}, "objective 'diffusion' needs data"),
+        ({"data": None, "objective": "distill"}, "needs data or prompts"),
+        ({"prompts": ("a",)}, "data and prompts exclude each other"),
+        ({"attention_mechanism": "diffusers", "train": "projection"}, "has no projection"),
+        ({"attention_mechanism": "diffusers", "sla_config": CONFIG}, "takes neither sla_config nor sla_weights"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, values, message):
+    with pytest.raises(SLAConfigError, match=message):
+        settings(**values)
+
+
+def test_what_the_pipeline_lacks_is_named(settings):
+    with pytest.raises(SLAUnsupportedError, match="component must be one of transformer, got 'unet'"):
+        finetune(settings(component="unet"))
+    with pytest.raises(SLAConfigError, match="lora_target_modules nothing"):
+        finetune(settings(train="lora", lora_target_modules=("nothing",)))
+    with pytest.raises(SLAConfigError, match="DiTPipeline takes no height"):
+        finetune(settings(height=64, width=64))
+
+
+def test_latents_of_another_shape_stop_the_run(settings, tmp_path):
+    save_file({"latents": torch.zeros(4, 8, 8)}, tmp_path / "a.safetensors")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.safetensors", "label": "cat"}')
+    with pytest.raises(SLAUnsupportedError, match=r"samples of shape \(4, 16, 16\); latents of shape \(4, 8, 8\)"):
+        finetune(settings(data=tmp_path))
+    save_file({"latents": torch.zeros(4, 16, 16)}, tmp_path / "a.safetensors")
+    assert finetune(settings(data=tmp_path)).step == 2
+
+
+def test_the_command_takes_the_names_people_know(saved_pipeline, videos, tmp_path):
+    arguments = [
+        "finetune", "--model", saved_pipeline("wan"), "--data", videos, "--out", tmp_path / "out", "--cpu",
+        "--attention_mechanism", "sla", "--sla_config", "{'topk': 0.25, 'blkq': 16, 'blkk': 16}", "--train", "lora",
+        "--height", 64, "--width", 64, "--num-frames", 5, "--max-train-steps", 1, "--report_to", "none",
+    ]  # fmt: skip
+    result = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "step 1, loss" in result.output
+    assert read_state(tmp_path / "out").settings["topk"] == 0.25
+    result = CliRunner().invoke(main, ["finetune", "--model", "x", "--out", str(tmp_path), "--data", "/no/folder"])
+    assert result.exit_code == 1
+    assert "there is no folder /no/folder" in result.output
