@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 1 << 20  # tokens times heads whose branches are in memory togeth
 class CalibrationReport:
     """What calibration did. Errors are relative, ||SLA - dense|| / ||dense||, on held-out samples.
 
-    layers: by name, each layer's fit. output_before, output_after: the denoiser's own output, by timestep checked.
+    layers: by name, the fit of each layer that ran SLA. output_before, output_after: the denoiser's own output, by timestep checked.
     tokens: rows summed per layer. samples, held_out: generated. seconds: all of it.
     """
 
@@ -106,7 +106,7 @@ def calibrate(
 
     Raises:
         SLAConfigError: Fewer than two requests, or one that does not suit the pipeline.
-        SLAUnsupportedError: No call of some layer could be served by SLA.
+        SLAUnsupportedError: SLA served no call of any layer.
     """
     if len(requests) < 2:
         raise SLAConfigError(f"calibration needs 2 samples or more, one of them held out, got {len(requests)}")
@@ -140,16 +140,19 @@ def calibrate(
         calls += new
         if on_sample:
             on_sample(index + 1, len(requests))
-    idle = [name for name, watcher in watchers.items() if not (watcher.moments[0].rows and watcher.moments[1].rows)]
-    if idle:
-        raise SLAUnsupportedError(f"SLA could serve no call of {idle[0]}: {dict(layers[idle[0]].calls_dense)}")
     notes = [
-        f"{name}: {watcher.refused} calls that SLA cannot serve were left out: {dict(layers[name].calls_dense)}"
+        f"{name}: {watcher.refused} calls ran dense: {', '.join(layers[name].calls_dense)}"
         for name, watcher in watchers.items()
         if watcher.refused
     ]
     before = output_error(pipe, calls)
-    fits = {name: fit_layer(*watcher.moments) for name, watcher in watchers.items()}
+    fits = {
+        name: fit_layer(*watcher.moments)
+        for name, watcher in watchers.items()
+        if watcher.moments[0].rows and watcher.moments[1].rows
+    }
+    if not fits:
+        raise SLAUnsupportedError(f"SLA served no call of any layer; {notes[0]}")
     for name, fit in fits.items():
         _install(layers[name].state, fit)
     return CalibrationReport(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -63,6 +63,8 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         cpu=settings.cpu, mixed_precision=settings.mixed_precision, project_dir=settings.output_dir / "logs",
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         log_with=None if settings.report_to == "none" else settings.report_to,
+        # Layers of few tokens run dense, and their projections get no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )  # fmt: skip
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
         raise SLAUnsupportedError(

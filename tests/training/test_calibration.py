@@ -103,6 +103,17 @@ def test_what_is_fitted_is_the_dense_attention_of_every_step_and_head():
     assert (dense == again).all()
 
 
+def test_layers_that_run_dense_are_left_alone_and_named():
+    pipe = make_pipeline("sd")  # 256 tokens and 64
+    report = calibrate(pipe, requests("sd", 2), CONFIG | {"min_length": 100})
+    served = [name for name, layer in sla_layers(pipe).items() if layer.calls_sla]
+    assert 0 < len(served) < len(sla_layers(pipe))
+    assert list(report.layers) == served
+    assert any("fewer than 100 tokens" in note for note in report.notes)
+    with pytest.raises(SLAUnsupportedError, match="SLA served no call of any layer; .*fewer than 999 tokens"):
+        calibrate(make_pipeline("sd"), requests("sd", 2), CONFIG | {"min_length": 999})
+
+
 def test_calibration_needs_something_to_hold_out_and_something_to_fit():
     pipe = make_pipeline("dit")
     with pytest.raises(SLAConfigError, match="2 samples or more"):
