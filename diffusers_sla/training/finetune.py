@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
-from ..apply import sla_disabled, sla_layers
+from ..apply import sla_disabled, sla_layers, sla_step
 from ..errors import SLATrainingError, SLAUnsupportedError
 from ..generation import generate
 from ..weights import save_sla_weights
@@ -33,6 +33,9 @@ from .settings import FinetuneSettings
 from .trained import Trained
 
 logger = logging.getLogger(__name__)
+
+# None that `dense_steps` could name: those are for sampling, what trains is SLA.
+NO_STEP = (1_000_000, 2_000_000)
 
 
 @dataclass
@@ -191,7 +194,7 @@ class _Run:
         for i in range(micro_steps):
             batch = self.batch((step - 1) * micro_steps + i)
             with accelerator.accumulate(self.model):
-                with accelerator.autocast():
+                with accelerator.autocast(), sla_step(self.pipe, *NO_STEP):
                     loss = denoising_loss(first(self.model(*batch.args, **batch.kwargs)), batch.target)
                 total += loss.detach() / micro_steps
                 accelerator.backward(loss)

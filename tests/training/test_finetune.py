@@ -164,6 +164,14 @@ def test_validation_shows_dense_beside_sla_and_changes_nothing(settings):
     assert list((shown / "logs").rglob("events.*"))
 
 
+def test_steps_that_stay_dense_in_sampling_train_sla_all_the_same(settings):
+    config = SLAConfig(topk=0.25, blkq=16, blkk=16, dense_steps=(0, -1))
+    out = finetune(settings(train="projection", sla_config=config)).folder
+    state = read_state(out)
+    assert list(state.settings["dense_steps"]) == [0, -1]
+    assert all(tensor.any() for layer in state.layers.values() for tensor in layer.values())
+
+
 def test_unreadable_files_are_named_and_counted(settings, tmp_path, photos, caplog):
     folder = tmp_path / "data"
     folder.mkdir()
