@@ -200,7 +200,15 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
         elif exchange is None:
             # A partial, so that a watcher sees that SLA serves this call, and with what.
             run = functools.partial(
-                self.state, query, key, value, self.config, scale=scale, key_mask=key_mask, keep_q=keep_q, keep_k=keep_k
+                self.state,
+                query,
+                key,
+                value,
+                self.config,
+                scale=scale,
+                key_mask=key_mask,
+                keep_q=keep_q,
+                keep_k=keep_k,
             )
         else:
 

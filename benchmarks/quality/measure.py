@@ -1,4 +1,4 @@
-"""What the quality table measures of a model: held-out loss, distance of its images to the dense model's, attention."""
+"""What the quality table measures of a model: held-out loss, distance of its images to dense ones, attention."""
 
 import math
 import time

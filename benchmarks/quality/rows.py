@@ -11,7 +11,7 @@ DENSE, SPARSE, LINEAR, SUM, SLA = "dense", "sparse", "linear", "sum", "sla"
 
 @dataclass(frozen=True)
 class Row:
-    """kind: "dense"; "sparse": no linear branch; "linear": that alone; "sum": both added without a projection; "sla"."""
+    """kind: "dense"; "sparse", without a linear branch; "linear", that alone; "sum" of both, no projection; "sla"."""
 
     name: str
     kind: str

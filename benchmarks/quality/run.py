@@ -52,7 +52,9 @@ class Bench:
         scale = self.pipe.vae.config.scaling_factor
         self.sets = {}
         for name, count, held_out, seed in (("train", options.crops, False, 1), ("held_out", 8, True, 2)):
-            crops, labels = train_sample.crops_of_all(photos, count if name == "train" else options.held_out, held_out, seed)
+            crops, labels = train_sample.crops_of_all(
+                photos, count if name == "train" else options.held_out, held_out, seed
+            )
             means, deviations = train_sample.encode(self.pipe.vae, crops, 32)
             self.sets[name] = (means.float() * scale, deviations.float() * scale, labels)
         self.class_ids = sorted(self.pipe.labels.values())[: options.images]
@@ -71,7 +73,10 @@ class Bench:
             labels = sorted(self.pipe.labels, key=self.pipe.labels.get)
             requests = [
                 Request(
-                    class_label=labels[i % len(labels)], seed=i, steps=self.options.calibration_steps, guidance_scale=1.0
+                    class_label=labels[i % len(labels)],
+                    seed=i,
+                    steps=self.options.calibration_steps,
+                    guidance_scale=1.0,
                 )
                 for i in range(self.options.calibration_samples)
             ]

@@ -33,7 +33,8 @@ ROWS_AT_ONCE = 1 << 20  # tokens times heads whose branches are in memory togeth
 class CalibrationReport:
     """What calibration did. Errors are relative, ||SLA - dense|| / ||dense||, on held-out samples.
 
-    layers: by name, the fit of each layer that ran SLA. output_before, output_after: the denoiser's own output, by timestep checked.
+    layers: by name, the fit of each layer that ran SLA. output_before, output_after: of the denoiser's own output, on
+    a few steps of each held-out sample.
     tokens: rows summed per layer. samples, held_out: generated. seconds: all of it.
     """
 

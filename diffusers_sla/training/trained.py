@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..apply import sla_layers, sla_parameters
 from ..errors import SLAConfigError
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -60,17 +60,15 @@ class Trained:
         `load_lora_weights`; nothing for "projection"."""
         folder = Path(folder)
         if self.mode == "full":
-            prefixes = tuple(f"{name.partition('.')[2]}.processor." for name in sla_layers(self.model))
+            ours = tuple(f"{name.partition('.')[2]}.processor." for name in sla_layers(self.model))
             state = {
-                name: tensor
+                name: tensor.contiguous().cpu()
                 for name, tensor in self.model.state_dict().items()
-                if not name.startswith(prefixes or "\0")
+                if not name.startswith(ours)
             }
             (folder / self.component).mkdir(parents=True, exist_ok=True)
             self.model.save_config(folder / self.component)
-            save_torch_state_dict(
-                state, folder / self.component, filename_pattern="diffusion_pytorch_model{suffix}.safetensors"
-            )
+            save_file(state, folder / self.component / WEIGHTS_NAME, metadata={"format": "pt"})
         elif self.mode == "lora":
             tensors = {f"{self.component}.{name}": tensor for name, tensor in self._adapter().items()}
             save_file(tensors, folder / LORA_NAME, metadata={"format": "pt"})

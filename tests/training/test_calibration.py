@@ -110,7 +110,7 @@ def test_layers_that_run_dense_are_left_alone_and_named():
     assert 0 < len(served) < len(sla_layers(pipe))
     assert list(report.layers) == served
     assert any("fewer than 100 tokens" in note for note in report.notes)
-    with pytest.raises(SLAUnsupportedError, match="SLA served no call of any layer; .*fewer than 999 tokens"):
+    with pytest.raises(SLAUnsupportedError, match=r"SLA served no call of any layer; .*fewer than 999 tokens"):
         calibrate(make_pipeline("sd"), requests("sd", 2), CONFIG | {"min_length": 999})
 
 
