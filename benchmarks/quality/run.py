@@ -7,7 +7,8 @@
 A cell of the table is one row, stage and seed; `results.jsonl` in --out gets a line for each, and what is there is not
 done again, so the command can be cut off and repeated until it says that nothing is left. Stages: "before" any
 training, "calibrated", "tuned" (fine-tuned from zero projections), "both". Every row is fine-tuned for the same number
-of steps from the same backbone on the same batches, full attention included.
+of steps from the same backbone on the same batches, full attention included. `states/` gets the projections of seed 0;
+with --train projection they go with the backbone as it was.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rows import DENSE, ROWS, install, trains_projection
 sys.path.insert(0, str(Path(__file__).parents[2] / "space_app"))
 import train_sample
 
-from diffusers_sla import sla_layers, sla_parameters
+from diffusers_sla import save_sla_weights, sla_layers, sla_parameters
 from diffusers_sla.generation import Request
 from diffusers_sla.training import calibrate
 
@@ -46,15 +47,16 @@ class Bench:
         # In training mode DiT drops class labels by itself.
         self.model = self.pipe.transformer.eval()
         self.backbone = copy.deepcopy(self.model.state_dict())
+        blocks = len(self.pipe.vae.config.block_out_channels)
+        train_sample.PIXELS = self.model.config.sample_size * 2 ** (blocks - 1)
         packed = np.load(options.photos)
         names = sorted(self.pipe.labels, key=self.pipe.labels.get)
         photos = [torch.from_numpy(packed[name]).to(self.device).permute(2, 0, 1) for name in names]
         scale = self.pipe.vae.config.scaling_factor
         self.sets = {}
-        for name, count, held_out, seed in (("train", options.crops, False, 1), ("held_out", 8, True, 2)):
-            crops, labels = train_sample.crops_of_all(
-                photos, count if name == "train" else options.held_out, held_out, seed
-            )
+        wanted = {"train": (options.crops, False, 1), "held_out": (options.held_out, True, 2)}
+        for name, (count, held_out, seed) in wanted.items():
+            crops, labels = train_sample.crops_of_all(photos, count, held_out, seed)
             means, deviations = train_sample.encode(self.pipe.vae, crops, 32)
             self.sets[name] = (means.float() * scale, deviations.float() * scale, labels)
         self.class_ids = sorted(self.pipe.labels.values())[: options.images]
@@ -98,7 +100,10 @@ class Bench:
         for parameter in projections:
             parameter.requires_grad_(trains_projection(row))
         ours = {id(p) for p in projections}
-        groups = [{"params": [p for p in self.model.parameters() if id(p) not in ours], "lr": options.lr}]
+        backbone = [p for p in self.model.parameters() if id(p) not in ours]
+        for parameter in backbone:
+            parameter.requires_grad_(options.train == "full")
+        groups = [{"params": backbone, "lr": options.lr}] if options.train == "full" else []
         if projections and trains_projection(row):
             groups.append({"params": projections, "lr": options.projection_lr})
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
@@ -184,6 +189,8 @@ def cells(options):
                     continue
                 if stage in ("before", "calibrated") and seed:
                     continue
+                if stage in ("tuned", "both") and options.train == "projection" and not trains_projection(row):
+                    continue
                 yield row, stage, seed
 
 
@@ -195,6 +202,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=9, help="stop before a cell that would end later than this")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", nargs="*", help="names of rows; all when left out")
+    parser.add_argument("--train", choices=("full", "projection"), default="full", help="what fine-tuning trains")
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -211,9 +219,10 @@ def main():
     file = options.out / "results.jsonl"
     settings = {n: getattr(options, n) for n in (
         "steps", "batch", "lr", "projection_lr", "crops", "held_out", "images", "image_steps", "calibration_samples",
-        "calibration_steps",
+        "calibration_steps", "train",
     )}  # fmt: skip
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    file.touch()
+    done = [json.loads(line) for line in file.read_text().splitlines()]
     for line in done:
         if line["settings"] != settings:
             sys.exit(f"{file} is of other settings: {line['settings']}; use another --out")
@@ -229,6 +238,8 @@ def main():
         line |= {
             "settings": settings, "device": where, "torch": torch.__version__, "diffusers": diffusers.__version__,
         }  # fmt: skip
+        if row.config is not None and seed == 0:
+            save_sla_weights(bench.pipe, options.out / "states" / f"{row.name}, {stage}")
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
         slowest = max(slowest, line["seconds"])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from ..apply import sla_disabled
@@ -50,6 +49,8 @@ class Teacher:
             finally:
                 setattr(self.pipe, self.component, self.model)
             return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         adapters = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         for module in adapters:
             module.enable_adapters(False)
