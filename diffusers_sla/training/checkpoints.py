@@ -51,7 +51,10 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 record = json.dumps({"step": step, "settings": self.settings}, indent=2)
                 (partial / RECORD).write_text(record + "\n")
-        except (OSError, RuntimeError, SafetensorError) as failure:  # torch.save's and safetensors' full disk
+        except (OSError, RuntimeError, SafetensorError) as failure:
+            # torch.save tells of a full disk by a RuntimeError of its writer.
+            if type(failure) is RuntimeError and "inline_container" not in str(failure):
+                raise
             error = failure
         failed = self.accelerator.gather(torch.tensor([error is not None], device=self.accelerator.device))
         if self.accelerator.is_main_process:

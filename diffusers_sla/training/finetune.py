@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -260,12 +262,22 @@ class _Run:
             self.ema.restore(self.trained.parameters())
 
     def _write_result(self, step: int) -> None:
+        """Written beside what an earlier run left, then put in its place."""
+        partial = self.settings.output_dir / "partial-result"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         with self._averaged():
-            self.trained.save(self.settings.output_dir)
+            self.trained.save(partial)
             if sla_layers(self.pipe):
-                save_sla_weights(self.pipe, self.settings.output_dir)
+                save_sla_weights(self.pipe, partial)
         record = json.dumps({"step": step, "settings": self.settings.to_dict()}, indent=2)
-        (self.settings.output_dir / RECORD).write_text(record + "\n")
+        (partial / RECORD).write_text(record + "\n")
+        for path in partial.iterdir():
+            final = self.settings.output_dir / path.name
+            if final.is_dir():
+                shutil.rmtree(final)
+            os.replace(path, final)
+        partial.rmdir()
 
     def _rest_to(self, device: torch.device | str) -> None:
         """Everything but the denoiser: encoders and decoders are idle while a run trains on encoded data."""

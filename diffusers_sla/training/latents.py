@@ -23,10 +23,8 @@ def encode_pixels(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     mean, deviation = posterior.mean.float(), posterior.std.float()
     scaling = getattr(vae.config, "scaling_factor", None) or 1.0
     shape = (1, -1, *([1] * (mean.dim() - 2)))
-    centre, spread = (
-        getattr(vae.config, name, None) if getattr(vae, name, None) is None else getattr(vae, name)
-        for name in ("latents_mean", "latents_std")
-    )
+    known = dict(vae.config) | dict(vae.named_buffers())  # LTX keeps them as buffers
+    centre, spread = known.get("latents_mean"), known.get("latents_std")
     if centre is not None and spread is not None:
         centre, spread = (torch.as_tensor(x, device=mean.device).float().view(shape) for x in (centre, spread))
         return (mean - centre) * scaling / spread, deviation * scaling / spread

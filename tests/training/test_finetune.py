@@ -216,8 +216,14 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_checkpoint(settings, mon
     assert finetune(settings(max_train_steps=4, resume="latest")).resumed_from == 3
 
 
-@pytest.mark.parametrize("broken", ["torch", "state"])
-def test_a_full_disk_costs_neither_the_last_checkpoint_nor_the_run(settings, monkeypatch, caplog, broken):
+@pytest.mark.parametrize(
+    ("broken", "failure"),
+    [
+        ("torch", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")),
+        ("state", OSError(28, "No space left on device")),
+    ],
+)
+def test_a_full_disk_costs_neither_the_last_checkpoint_nor_the_run(settings, monkeypatch, caplog, broken, failure):
     out = settings().output_dir
     owner, name = (torch, "save") if broken == "torch" else (checkpoint, "write_state")
     real = getattr(owner, name)
@@ -226,7 +232,7 @@ def test_a_full_disk_costs_neither_the_last_checkpoint_nor_the_run(settings, mon
     def full(*args, **kwargs):
         if "partial-4" in str(args):
             saves.append(args)
-            raise OSError(28, "No space left on device")
+            raise failure
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, full)
@@ -237,6 +243,15 @@ def test_a_full_disk_costs_neither_the_last_checkpoint_nor_the_run(settings, mon
     assert f"the last good checkpoint: {out / 'checkpoint-2'}" in caplog.text
     assert result.step == 6
     assert sorted(path.name for path in out.glob("*-*")) == ["checkpoint-2", "checkpoint-6"]
+
+
+def test_what_is_no_full_disk_is_not_swallowed(settings, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(checkpoint, "write_state", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        finetune(settings())
 
 
 def test_old_checkpoints_go_and_the_newest_is_found(settings):
