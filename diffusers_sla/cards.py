@@ -13,6 +13,9 @@ from .config import SLAConfig
 from .errors import SLAHubError
 from .state import SLAState
 
+# Packed next to this file in a wheel, at the root of the repository in a checkout.
+_PACKED = Path(__file__).parent / "model_card_templates"
+TEMPLATES = _PACKED if _PACKED.is_dir() else Path(__file__).parent.parent / "model_card_templates"
 TAGS = ("diffusers-sla", "sparse-linear-attention", "sparse-attention")
 # What a record in the state file's meta is called in the card; each is a list of rows, dicts with the same keys.
 TABLES = {"speed": "Speed", "quality": "Quality"}
@@ -62,18 +65,11 @@ def render_card(card: Card, existing: str | None = None) -> str:
     return f"---\n{_front_matter(card, old.data.to_dict())}\n---\n\n{text}\n"
 
 
-def template_text(name: str) -> str:
-    """A model card template: packed next to this file in a wheel, at the root of the repository in a checkout."""
-    here = Path(__file__).parent
-    packed = here / "model_card_templates"
-    return ((packed if packed.is_dir() else here.parent / "model_card_templates") / name).read_text(encoding="utf-8")
-
-
 def render(template: str, **values: Any) -> str:
     """A template of model_card_templates/, filled in."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
     environment.filters |= {"cell": _cell, "table": _table}
-    return environment.from_string(template_text(template)).render(values)
+    return environment.from_string((TEMPLATES / template).read_text(encoding="utf-8")).render(values)
 
 
 def _front_matter(card: Card, old: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
+from huggingface_hub import __version__ as client_version
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -189,6 +190,8 @@ def push_files(
         SLAHubError: Refused, or still failing after six attempts. Then nothing was committed, except where the last
             answer was lost: pushing again finds out.
     """
+    if repo_type == "kernel" and client_version.startswith("1."):
+        raise SLAHubError(f"huggingface_hub {client_version} cannot commit to kernel repositories; version 2 can")
     api = _api(token)
     opening = False
     for attempt in range(1, ATTEMPTS + 1):

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import SLAStateError, SLAStateFormatError, SLAStateNotFoundError, SLAStateVersionError
 from .foreign import foreign_layers
 from .kernel.api import MAX_HEAD_DIM
-from .tensor_files import check_plain, load_pt, open_safetensors, parse_json
+from .tensor_files import check_plain, load_pt, open_safetensors, parse_json, shown
 
 FORMAT = "diffusers_sla"
 VERSION = 2
@@ -204,14 +204,14 @@ def _parse(payload: Any, where: str) -> SLAState:
 
 def _parse_version_2(payload: Mapping[str, Any], version: Any, where: str) -> SLAState:
     if not isinstance(version, int) or isinstance(version, bool) or version < 2:
-        raise SLAStateFormatError(f"{where} has the impossible version {version!r}")
+        raise SLAStateFormatError(f"{where} has the impossible version {shown(version)}")
     if version > VERSION:
         raise SLAStateVersionError(
-            f"{where} has version {version}, this package reads up to {VERSION}: update diffusers_sla"
+            f"{where} has version {shown(version)}, this package reads up to {VERSION}: update diffusers_sla"
         )
     unknown = payload.keys() - {"format", "version", "settings", "state", "meta", "digest"}
     if unknown:
-        raise SLAStateFormatError(f"{where} has the unknown entry {min(map(str, unknown))!r}")
+        raise SLAStateFormatError(f"{where} has the unknown entry {shown(min(map(str, unknown)))}")
     settings, meta = (_plain_dict(payload.get(name, {}), name, where) for name in ("settings", "meta"))
     state = SLAState(settings, _layers(_dict(payload.get("state"), "state", where), where), meta)
     if "digest" in payload and payload["digest"] != state.digest():
@@ -224,19 +224,19 @@ def _parse_version_1(payload: Mapping[str, Any], where: str) -> SLAState:
     for key in _dict(payload["state"], "state", where):
         head_dim, colon, dtype = key.partition(":")
         if not (head_dim.isascii() and head_dim.isdecimal()) or not colon or dtype not in ("bf16", "fp16", "fp32"):
-            raise SLAStateFormatError(f"{where}: {key!r} is not a version 1 key such as '128:bf16'")
+            raise SLAStateFormatError(f"{where}: {shown(key)} is not a version 1 key such as '128:bf16'")
         keys[key] = int(head_dim)
     by_head_dim = {}
     for key, named in _layers(payload["state"], where).items():
         if _head_dim(named) != keys[key]:
-            raise SLAStateFormatError(f"{where}: the tensors of {key!r} are of another head size")
+            raise SLAStateFormatError(f"{where}: the tensors of {shown(key)} are of another head size")
         by_head_dim[keys[key]] = named
     return SLAState(_plain_dict(payload.get("settings", {}), "settings", where), {}, {"version": 1}, by_head_dim)
 
 
 def _dict(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise SLAStateFormatError(f"{where}: {name!r} is not a dict with text keys")
+        raise SLAStateFormatError(f"{where}: {shown(name)} is not a dict with text keys")
     return dict(value)
 
 
@@ -250,30 +250,32 @@ def _layers(state: Mapping[str, Any], where: str) -> dict[str, dict[str, Tensor]
     layers = {layer: _dict(named, layer, where) for layer, named in state.items()}
     numbers = 0
     for layer, named in layers.items():
+        where_in = f"{where}: {shown(layer)}"
         for name, tensor in named.items():
             if name not in TENSORS:
                 raise SLAStateFormatError(
-                    f"{where}: {layer} has an unknown tensor {name!r}; known are {', '.join(TENSORS)}"
+                    f"{where_in} has an unknown tensor {shown(name)}; known are {', '.join(TENSORS)}"
                 )
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.is_sparse:
-                raise SLAStateFormatError(f"{where}: {layer}.{name} is not a tensor of floating point numbers")
+                raise SLAStateFormatError(f"{where_in}: {name} is not a tensor of floating point numbers")
             shape = tuple(tensor.shape)
             if len(shape) != TENSORS[name] or len(set(shape)) != 1 or not 0 < shape[0] <= MAX_HEAD_DIM:
-                raise SLAStateFormatError(f"{where}: {layer}.{name} has the impossible shape {shape}")
+                raise SLAStateFormatError(f"{where_in}: {name} has the impossible shape {shape}")
             numbers += tensor.numel()
         if len({tensor.shape[0] for tensor in named.values()}) > 1:
-            raise SLAStateFormatError(f"{where}: the tensors of {layer} are of several head sizes")
+            raise SLAStateFormatError(f"{where_in}: the tensors are of several head sizes")
     if numbers > MAX_NUMBERS:
         raise SLAStateFormatError(f"{where} holds {numbers} numbers, more than any model has projections")
     return {
-        layer: {name: _copied(t, f"{layer}.{name}", where) for name, t in ts.items()} for layer, ts in layers.items()
+        layer: {name: _copied(t, f"{where}: {shown(layer)}: {name}") for name, t in ts.items()}
+        for layer, ts in layers.items()
     }
 
 
-def _copied(tensor: Tensor, name: str, where: str) -> Tensor:
+def _copied(tensor: Tensor, where: str) -> Tensor:
     copied = tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
     if not copied.isfinite().all():
-        raise SLAStateFormatError(f"{where}: {name} holds NaN or infinity")
+        raise SLAStateFormatError(f"{where} holds NaN or infinity")
     return copied
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pickletools
 import re
+import reprlib
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from .errors import SLAError, SLAStateFormatError
 MAX_INDEX_BYTES = 16 << 20
 MAX_PLAIN_VALUES = 100_000
 MAX_PLAIN_DEPTH = 16
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _TENSOR_GLOBALS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|torch\.storage \w+Storage"
@@ -159,6 +162,11 @@ def _globals(file) -> set[str]:
         if not file.read(1):
             return found
         file.seek(-1, os.SEEK_CUR)
+
+
+def shown(value: Any) -> str:
+    """A value of a file in an error message: a few bytes in a pickle can nest to any size."""
+    return _REPR.repr(value)
 
 
 def check_plain(value: Any, name: str, where: str) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
@@ -109,6 +110,10 @@ def test_an_exports_triton_kernels_give_the_same_numbers(tmp_path):
 def test_a_pushed_kernel_is_loaded_by_get_kernel(hub, tmp_path):
     arguments = ["export-kernel", str(tmp_path / "kernel"), "--push", "acme/sla-attention", "--json"]
     result = CliRunner().invoke(main, arguments)
+    if huggingface_hub.__version__.startswith("1."):
+        assert (result.exit_code, hub.requests) == (1, [])
+        assert "cannot commit to kernel repositories; version 2 can" in result.stderr
+        return
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["pushed"].endswith("kernels/acme/sla-attention/tree/v1")
     repo = hub.repos["kernel", "acme/sla-attention"]

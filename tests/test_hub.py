@@ -1,6 +1,7 @@
 import json
 import os
 
+import huggingface_hub
 import pytest
 import torch
 from hub_repos import Entry
@@ -42,6 +43,10 @@ def tree(hub, repo_id, revision="main", type_="model"):
 
 def same(model, saved):
     return all(torch.equal(a, b) for a, b in zip(sla_parameters(model), sla_parameters(saved[1]), strict=True))
+
+
+def test_the_client_is_the_one_asked_for():
+    assert huggingface_hub.__version__ == os.environ.get("EXPECT_HUB", huggingface_hub.__version__)
 
 
 def test_is_repo_id(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "convert": "convert",
     "doctor": "doctor",
     "export-kernel": "export_kernel",
+    "push-space": "push_space",
 }
 
 
