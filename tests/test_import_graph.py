@@ -14,7 +14,7 @@ LEVELS = (
     {"denoising", "flops", "generation", "state", "wan_checkpoint"},
     {"benchmark", "cards", "processor"},
     {"apply", "hub"},
-    {"doctor", "export_kernel", "report", "saved_models", "setter", "weights"},
+    {"doctor", "export_kernel", "report", "saved_models", "setter", "space", "weights"},
     {"compare", "conversion", "inside", "inspection", "push", "training"},
     {"pictures", "__init__"},
     {"cli"},
