@@ -36,6 +36,32 @@ class LayerView:
     sparse_norm: np.ndarray
     linear_norm: np.ndarray
 
+    def grid(self, frames: Sequence[Image.Image]) -> tuple[int, int, int]:
+        """(frames, rows, columns) of the tokens between the text, over the image or video they make.
+
+        Raises:
+            ValueError: They are no such grid.
+        """
+        width, height = frames[0].size
+        num_tokens = self.num_tokens - sum(self.kept)
+        grid = token_grid(num_tokens, width, height, len(frames))
+        if grid is None:
+            raise ValueError(f"{num_tokens} tokens are no grid over {len(frames)} frames of {width}x{height}")
+        return grid
+
+    def block_at(self, x: int, y: int, frames: Sequence[Image.Image], frame: int = 0) -> int:
+        """The query block of a pixel.
+
+        Raises:
+            ValueError: See `grid`; or the pixel is outside.
+        """
+        t, rows, columns = self.grid(frames)
+        width, height = frames[0].size
+        if not (0 <= x < width and 0 <= y < height and 0 <= frame < len(frames)):
+            raise ValueError(f"there is no pixel ({x}, {y}) in frame {frame} of {width}x{height}")
+        at = (frame * t // len(frames) * rows + y * rows // height) * columns + x * columns // width
+        return at // self.config.blkq
+
 
 @dataclass
 class Inside:

@@ -4,11 +4,13 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 from .compare import Comparison, Result
-from .inside import LayerView, token_grid
+from .inside import LayerView
 
 # Value in a block map -> colour and name, told apart in greyscale too.
 BLOCK_COLOURS = {1: ((23, 55, 120), "critical: exact"), 0: ((176, 203, 235), "marginal: linear branch"), -1: ((245, 240, 230), "negligible: left out")}  # fmt: skip  # noqa: E501
@@ -35,11 +37,8 @@ def where_a_block_looks(view: LayerView, frames: Sequence[Image.Image], head: in
     for name, value, limit in (("head", head, H), ("q_block", q_block, num_q_blocks)):
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be from 0 to {limit - 1}, got {value}")
-    width, height = frames[0].size
+    grid = view.grid(frames)
     num_tokens = view.num_tokens - sum(view.kept)
-    grid = token_grid(num_tokens, width, height, len(frames))
-    if grid is None:
-        raise ValueError(f"{num_tokens} tokens are no grid over {len(frames)} frames of {width}x{height}")
     token = np.arange(num_tokens)
     bright = (view.block_map[head, q_block][token // view.config.blkk] == 1).reshape(grid)
     own = (token // view.config.blkq == q_block).reshape(grid)
@@ -56,6 +55,21 @@ def where_a_block_looks(view: LayerView, frames: Sequence[Image.Image], head: in
         pixels = np.where(queries[..., None] > 0, 0.35 * pixels + 0.65 * np.array([225, 60, 45]), pixels)
         pictures.append(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)))
     return pictures
+
+
+def branch_images(view: LayerView, frames: Sequence[Image.Image], head: int) -> tuple[Image.Image, Image.Image]:
+    """Length of what the sparse and the linear branch add to each token of the middle frame, on one scale of colours.
+
+    Raises:
+        ValueError: See `LayerView.grid`.
+    """
+    grid = view.grid(frames)
+    inner = slice(view.kept[0], view.num_tokens - view.kept[1])
+    norms = [norm[head, inner].reshape(grid)[grid[0] // 2] for norm in (view.sparse_norm, view.linear_norm)]
+    top = max(float(norm.max()) for norm in norms) or 1.0
+    colours = [(colormaps["cividis"](norm / top)[..., :3] * 255).astype(np.uint8) for norm in norms]
+    sparse, linear = (Image.fromarray(c).resize(frames[0].size, Image.Resampling.NEAREST) for c in colours)
+    return sparse, linear
 
 
 def comparison_picture(
@@ -113,6 +127,4 @@ def _short(layer: str) -> str:
 
 
 def _patch(colour, label):
-    from matplotlib.patches import Patch
-
     return Patch(facecolor=tuple(c / 255 for c in colour), edgecolor="0.5", label=label)

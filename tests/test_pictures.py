@@ -5,7 +5,13 @@ from PIL import Image
 from diffusers_sla import SLAConfig
 from diffusers_sla.compare import Comparison, Result
 from diffusers_sla.inside import LayerView
-from diffusers_sla.pictures import BLOCK_COLOURS, block_map_image, comparison_picture, where_a_block_looks
+from diffusers_sla.pictures import (
+    BLOCK_COLOURS,
+    block_map_image,
+    branch_images,
+    comparison_picture,
+    where_a_block_looks,
+)
 
 MAP = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.int8)
 
@@ -34,6 +40,22 @@ def test_a_query_block_and_its_keys_lie_where_their_tokens_are(kept):
     assert not red[:20].any()
     assert not red[40:].any()
     assert (pixels[:20] < 120).all()  # not attended to: dark
+
+
+def test_a_pixel_belongs_to_the_query_block_of_its_token():
+    white = [Image.new("RGB", (80, 80), "white")]
+    assert [view().block_at(x, y, white) for x, y in ((0, 0), (79, 19), (0, 20), (79, 79))] == [0, 0, 1, 3]
+    with pytest.raises(ValueError, match=r"no pixel \(80, 0\)"):
+        view().block_at(80, 0, white)
+
+
+def test_the_branches_share_one_scale_of_colours():
+    white, both = [Image.new("RGB", (80, 80), "white")], view((7, 0))
+    both.linear_norm = np.zeros_like(both.linear_norm)
+    both.sparse_norm[0, 7] = 2.0  # the first token after the text is the brightest, in the corner
+    sparse, linear = (np.asarray(picture).astype(int).sum(2) for picture in branch_images(both, white, 0))
+    assert sparse[0, 0] == sparse.max() > sparse[40, 40] > linear.max()
+    assert linear.min() == linear.max()
 
 
 def test_tokens_that_are_no_grid_are_refused():
