@@ -1,0 +1,134 @@
+"""Compare: one seed, dense and with SLA, side by side."""
+
+import html
+import tempfile
+from typing import Any
+
+import gradio as gr
+import request_form
+from serving import Progress, Served, answered, on_gpu, streamed
+
+from diffusers_sla.compare import Comparison, Variant, compare
+from diffusers_sla.generation import save_frames
+
+TRAINED, UNTRAINED = "SLA, trained", "SLA, untrained"
+BOTH_AT_ONCE = """
+() => { const v = [...document.querySelectorAll('#side-by-side video')];
+        v.forEach(x => { x.loop = true; x.currentTime = 0; x.play(); }); }
+"""
+
+
+def build(served: Served, loaded: gr.State) -> None:
+    """Lay out the tab. `loaded`: repository whose projections this visitor loaded, or None."""
+    results = gr.State([], time_to_live=3600)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=280):
+            form = request_form.build(served)
+            both = gr.Checkbox(
+                served.trained() is not None, label="With and without trained projections",
+                info="Shows what training adds. Without trained projections there is only the second.",
+            )  # fmt: skip
+            with gr.Row():
+                run = gr.Button("Compare", variant="primary", min_width=120)
+                stop = gr.Button("Stop", min_width=80)
+        with gr.Column(scale=3, min_width=280, elem_id="side-by-side"):
+            show = gr.Radio([], label="Left and right", visible=False)
+            if served.is_video:
+                with gr.Row():
+                    pictures = [gr.Video(label=side, autoplay=True, loop=True) for side in ("Left", "Right")]
+            else:
+                pictures = [gr.ImageSlider(label="Left: dense. Right: SLA.", format="png", type="pil", max_height=560)]
+            cards = gr.HTML(_waiting(served), label="Numbers", padding=False)
+            with gr.Accordion("All numbers as JSON", open=False):
+                numbers = gr.JSON(label="Numbers", show_label=False)
+
+    def seconds(*inputs):
+        return 30 + 12 * int(inputs[3]) * (3 if served.is_video else 1)
+
+    @on_gpu(seconds)
+    def on_run(
+        subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, with_untrained, repository
+    ):  # fmt: skip
+        fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip)
+        request, config = answered(lambda: request_form.values(served, *fields))
+        trained = repository or served.trained()
+        variants = [Variant(name=TRAINED, config=config, state=trained)] if trained else []
+        if with_untrained or not trained:
+            variants.append(Variant(name=UNTRAINED, config=config))
+
+        def work(on_progress):
+            return compare(served.pipe, request, variants, warm_up=not served.on_cpu, on_progress=on_progress)
+
+        for comparison in streamed(served, work):
+            if isinstance(comparison, Progress):
+                yield [*[gr.skip()] * len(pictures), str(comparison), gr.skip(), gr.skip(), gr.skip()]
+        names = [result.name for result in comparison.results]
+        pairs = [f"{left} | {right}" for i, left in enumerate(names) for right in names[i + 1 :]]
+        kept = {result.name: _shown(result.frames) for result in comparison.results}
+        yield [
+            *_pair(served, kept, pairs[0]), _cards(comparison, served), comparison.to_dict(),
+            gr.Radio(pairs, value=pairs[0], visible=len(pairs) > 1), kept,
+        ]  # fmt: skip
+
+    outputs = [*pictures, cards, numbers, show, results]
+    running = run.click(
+        on_run, [*form.inputs, both, loaded], outputs, api_name="compare", concurrency_id="model", concurrency_limit=1,
+        show_progress="hidden",
+    )  # fmt: skip
+    if served.is_video:
+        running.then(None, None, None, js=BOTH_AT_ONCE)
+    stop.click(lambda: "<p class='hint'>Stopped.</p>", None, cards, cancels=[running], api_visibility="private")
+    running.failure(lambda: _waiting(served), None, cards, api_visibility="private")
+    show.input(
+        lambda kept, pair: _pair(served, kept, pair) if served.is_video else _pair(served, kept, pair)[0],
+        [results, show], pictures, api_visibility="private",
+    )  # fmt: skip
+    subject, _, seed = form.inputs[:3]
+    gr.Examples([[text, i] for i, text in enumerate(served.model.subjects)], [subject, seed], label="To start with")
+
+
+def _shown(frames) -> Any:
+    if len(frames) == 1:
+        return frames[0]
+    with tempfile.NamedTemporaryFile(suffix=".mp4", delete=False) as file:
+        return str(save_frames(frames, file.name))
+
+
+def _pair(served, kept, pair):
+    left, right = pair.split(" | ")
+    if served.is_video:
+        return [gr.Video(kept[left], label=left), gr.Video(kept[right], label=right)]
+    return [gr.ImageSlider((kept[left], kept[right]), label=f"Left: {left}. Right: {right}. Drag the line.")]
+
+
+def _waiting(served) -> str:
+    return (
+        f"<p class='hint'>Press <b>Compare</b>: the same seed runs through {html.escape(served.model.title)}, "
+        "first with its own attention, then with SLA.</p>"
+    )
+
+
+def _cards(comparison: Comparison, served: Served) -> str:
+    """The headline and the table, as HTML."""
+    dense, first = comparison.results[:2]
+    faster = dense.attention_seconds / first.attention_seconds
+    saved = 1 - first.attention_flops / dense.attention_flops
+    cards = [
+        (f"{faster:.1f}x", "faster attention"),
+        (f"{dense.seconds / first.seconds:.1f}x", "faster end to end"),
+        (f"{saved:.0%}", "of attention's arithmetic saved"),
+        (f"{first.exact_share:.0%}", "of the blocks computed exactly"),
+    ]
+    rows = comparison.rows()
+    head = "".join(f"<th scope='col'>{html.escape(name) or 'attention'}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows
+    )
+    tiles = "".join(f"<div class='card'><b>{value}</b><span>{label}</span></div>" for value, label in cards)
+    where = f"{comparison.steps} steps, {comparison.dtype} on {comparison.device}, torch {comparison.torch_version}"
+    warm = "Nothing was run to warm up." if served.on_cpu else "One step of each ran before it was timed."
+    return (
+        f"<div class='cards'>{tiles}</div><div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div><p class='hint'>{html.escape(where)}. {warm} PSNR and SSIM are against "
+        "dense with the same seed: another image is not a worse one, look at both.</p>"
+    )

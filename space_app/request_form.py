@@ -1,0 +1,73 @@
+"""The inputs that two tabs share, and the request they stand for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from serving import Served, checked_prompt
+
+from diffusers_sla import SLAConfig
+from diffusers_sla.config import BLOCK_SIZES, FEATURE_MAPS, LINEAR_MODES
+from diffusers_sla.generation import Request
+
+
+@dataclass
+class Form:
+    """Components, in the order in which `values` takes what they hold."""
+
+    inputs: list[Any]
+
+
+def build(served: Served) -> Form:
+    """Lay out subject, seed, steps and sparsity, with the other settings folded away."""
+    model = served.model
+    if model.takes_classes:
+        subject = gr.Dropdown(served.classes, value=model.subjects[0], label="Class", info="What the image shows.")
+    else:
+        subject = gr.Textbox(
+            model.subjects[0], label="Prompt", info="What to generate, in words.", lines=2, max_lines=6
+        )
+    topk = gr.Slider(
+        0.02, 1.0, model.topk, step=0.01, label="Blocks computed exactly (topk)",
+        info="Share of key blocks that each query block attends to exactly. Smaller is faster and further from dense.",
+    )  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, min_width=100)
+        steps = gr.Slider(1, model.max_steps, model.steps, step=1, label="Steps", min_width=160)
+    with gr.Accordion("More settings", open=False):
+        guidance = gr.Slider(1.0, 15.0, model.guidance_scale, step=0.1, label="Guidance", info="1 turns it off.")
+        with gr.Row():
+            blkq = gr.Dropdown(list(BLOCK_SIZES), value=64, label="Queries per block (blkq)", min_width=120)
+            blkk = gr.Dropdown(list(BLOCK_SIZES), value=64, label="Keys per block (blkk)", min_width=120)
+        feature_map = gr.Dropdown(
+            [name for name in FEATURE_MAPS if name != "hedgehog"],
+            value="softmax",
+            label="Feature map of the linear branch",
+        )
+        linear = gr.Dropdown(
+            list(LINEAR_MODES), value="all", label="Linear branch", info="Over all blocks, the marginal ones, or none."
+        )
+        skip = gr.Slider(0.0, 0.95, 0.0, step=0.05, label="Blocks left out altogether (skip)")
+    return Form([subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip])
+
+
+def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip):
+    """(Request, SLAConfig) of what the form holds.
+
+    Raises:
+        SLAConfigError: A value is out of range.
+        gr.Error: The prompt is empty or too long.
+    """
+    model = served.model
+    if not isinstance(steps, int | float) or not 1 <= steps <= model.max_steps:
+        raise gr.Error(f"Steps must be from 1 to {model.max_steps}, got {steps!r:.40}.", print_exception=False)
+    subject = checked_prompt(subject)
+    request = Request(
+        prompt=None if model.takes_classes else subject, class_label=subject if model.takes_classes else None,
+        seed=seed, steps=int(steps), guidance_scale=guidance, height=model.height, width=model.width,
+        num_frames=model.num_frames,
+    )  # fmt: skip
+    config = SLAConfig(
+        topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip
+    )  # fmt: skip
+    return request, config

@@ -1,0 +1,211 @@
+"""The pipeline that this Space shows, and how its visitors share it: one at a time, with progress and a way to stop.
+
+`SPACE_MODEL` names one of MODELS, "sample" by default. `SPACE_STATE` names a folder or repository with trained
+projections for it.
+"""
+
+import contextlib
+import html
+import logging
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from diffusers_sla.errors import SLAError
+from diffusers_sla.generation import default_device, load_pipeline
+
+logger = logging.getLogger("space")
+HERE = Path(__file__).parent
+MAX_PROMPT = 2000
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline and the values its page starts with. subjects: prompts, or the classes that the pipeline has."""
+
+    title: str
+    source: str
+    subjects: tuple[str, ...]
+    steps: int
+    guidance_scale: float
+    topk: float
+    max_steps: int = 50
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    state: str | None = None
+    takes_classes: bool = False
+
+
+MODELS = {
+    "sample": Model(
+        title="the sample pipeline: 19 million parameters, 256x256 pixels, 4096 tokens",
+        source=str(HERE / "sample_pipeline"), subjects=("temple", "flower", "coffee", "coins", "galaxies", "cat"),
+        steps=8, guidance_scale=2.0, topk=0.05, max_steps=20, state=str(HERE / "sample_state"), takes_classes=True,
+    ),
+    "wan": Model(
+        title="Wan 2.1 1.3B: 81 frames of 832x480, 32760 tokens", source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        subjects=("A red fox trots through fresh snow at dawn.", "Waves roll onto a black beach, seen from above."),
+        steps=25, guidance_scale=5.0, topk=0.1, height=480, width=832, num_frames=81,
+    ),
+    "sdxl": Model(
+        title="SDXL 1.0: 1024x1024 pixels", source="stabilityai/stable-diffusion-xl-base-1.0",
+        subjects=("A lighthouse on a cliff, oil painting.", "A macro photograph of a dew-covered spider web."),
+        steps=25, guidance_scale=5.0, topk=0.2, height=1024, width=1024,
+    ),
+}  # fmt: skip
+
+try:  # only on ZeroGPU, where the GPU belongs to a request for so many seconds
+    from spaces import GPU as _zero_gpu
+except ImportError:
+    _zero_gpu = None
+
+
+def on_gpu(seconds: Callable[..., int]):
+    """Decorates what needs the GPU; `seconds` takes the same arguments and estimates how long."""
+
+    def decorate(function):
+        return function if _zero_gpu is None else _zero_gpu(duration=seconds)(function)
+
+    return decorate
+
+
+class StoppedError(Exception):
+    """The visitor went away or pressed Stop."""
+
+
+@dataclass
+class Served:
+    """The loaded pipeline. Whoever runs it, or changes its processors, holds `lock`."""
+
+    model: Model
+    pipe: Any
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(getattr(self.pipe, "labels", {}))
+
+    @property
+    def is_video(self) -> bool:
+        return self.model.num_frames is not None
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.pipe.device.type == "cpu"
+
+    def trained(self) -> str | None:
+        """Where trained projections for this pipeline are, if there are any."""
+        source = os.environ.get("SPACE_STATE") or self.model.state
+        return source if source and (not os.path.isabs(source) or os.path.isdir(source)) else None
+
+
+def load() -> Served:
+    """The pipeline that the environment asks for."""
+    name = os.environ.get("SPACE_MODEL", "sample")
+    if name not in MODELS:
+        raise SystemExit(f"SPACE_MODEL must be one of {', '.join(MODELS)}, got {name!r}")
+    device = "cuda" if _zero_gpu is not None and os.environ.get("SPACES_ZERO_GPU") else default_device()
+    pipe = load_pipeline(MODELS[name].source, device)
+    pipe.set_progress_bar_config(disable=True)
+    return Served(MODELS[name], pipe)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps done of all, and of what."""
+
+    name: str
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        if not self.total:
+            return "<p class='hint' role='status'>Waiting for the pipeline…</p>"
+        text = f"{html.escape(self.name)}: step {self.done} of {self.total}"
+        return f"<p class='hint' role='status'><progress value='{self.done}' max='{self.total}'></progress> {text}</p>"
+
+
+def streamed(served: Served, work: Callable[[Callable[[str, int, int], None]], Any]) -> Iterator:
+    """Run `work(on_progress)` in a thread that owns the pipeline; yields Progress while it runs, then its result.
+
+    Closing the iterator, as Gradio does when a visitor stops or leaves, ends the work after its current step.
+    """
+    updates: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def on_progress(name, done, total):
+        if stop.is_set():
+            raise StoppedError
+        updates.put(Progress(name, done, total))
+
+    def run():
+        with served.lock:
+            on_progress("", 0, 0)
+            return work(on_progress)
+
+    executor = ThreadPoolExecutor(1)
+    future = executor.submit(run)
+    last = Progress("", 0, 0)
+    try:
+        while not future.done():
+            with contextlib.suppress(queue.Empty):
+                last = updates.get(timeout=0.25)
+            yield last
+        yield answered(future.result)
+    finally:
+        stop.set()
+        executor.shutdown(wait=False)
+
+
+def answered(call: Callable[[], Any]) -> Any:
+    """call(), with what it raises told to the visitor in a sentence: no traceback, no path, no token.
+
+    Raises:
+        gr.Error: Whatever was wrong.
+    """
+    try:
+        return call()
+    except gr.Error:
+        raise
+    except torch.OutOfMemoryError as error:
+        logger.exception("out of memory")
+        raise gr.Error(
+            "The GPU's memory is full. Try fewer frames or a smaller size.", print_exception=False
+        ) from error
+    except (SLAError, ValueError) as error:
+        raise gr.Error(public(str(error)), print_exception=False) from error
+    except Exception as error:
+        logger.exception("a request failed")
+        raise gr.Error(
+            "Something went wrong here. It has been logged; please try again.", print_exception=False
+        ) from error
+
+
+def public(text: str) -> str:
+    """An error message fit for strangers: file names without folders, no tokens, at most 400 characters."""
+    text = re.sub(r"hf_\w+", "(token)", text)
+    text = re.sub(r"(?<![\w:/.-])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:)]+)+[/\\]([^\s/\\'\",;:)]*)", r"\1", text)
+    return text if len(text) <= 400 else text[:399] + "…"
+
+
+def checked_prompt(text: Any) -> str:
+    """A prompt of a sensible length.
+
+    Raises:
+        gr.Error: It is empty or too long.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise gr.Error("Please say what to generate.", print_exception=False)
+    if len(text) > MAX_PROMPT:
+        raise gr.Error(f"The prompt has {len(text)} characters; {MAX_PROMPT} are the most.", print_exception=False)
+    return text.strip()

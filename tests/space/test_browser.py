@@ -1,0 +1,144 @@
+"""The Space as a visitor uses it: in a real, headless Chromium. Screenshots go to outputs/space for looking at."""
+
+import shutil
+
+import pytest
+from conftest import ROOT
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+LOOKS = {"light": (1280, 900, "light"), "dark": (1280, 900, "dark"), "phone": (390, 844, "light")}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, space):
+    """Opens the page in a look; afterwards nothing may have gone wrong in the browser."""
+    problems, contexts = [], []
+
+    def open_page(look):
+        width, height, theme = LOOKS[look]
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(f"{space.url}/?__theme={theme}")
+        page.get_by_role("heading", name="Sparse-Linear Attention").wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def shot(page, name):
+    folder = ROOT / "outputs" / "space"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.wait_for_timeout(500)
+    page.screenshot(path=folder / f"{name}.png", full_page=True)
+
+
+def fits(page):
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_tab_works(visit, look):
+    page = visit(look)
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("progress").wait_for()
+    page.locator(".cards").wait_for()
+    page.get_by_text("dense | SLA, trained").wait_for()
+    shown = page.locator("#side-by-side img")
+    assert shown.first.evaluate("image => image.naturalWidth") == 64
+    before = [shown.nth(i).get_attribute("src") for i in range(shown.count())]
+    page.get_by_role("radio", name="SLA, trained | SLA, untrained").check()
+    page.get_by_text("Left: SLA, trained. Right: SLA, untrained.").wait_for()
+    assert [shown.nth(i).get_attribute("src") for i in range(shown.count())] != before
+    shot(page, f"{look}-compare")
+    assert fits(page)
+
+    page.get_by_role("tab", name="Inside").click()
+    page.get_by_role("button", name="Generate and look").click()
+    words = page.get_by_text("attends exactly to")
+    words.wait_for()
+    assert "query block 8" in words.inner_text()
+    page.get_by_label("number input for Query block").fill("3")
+    page.get_by_label("number input for Query block").press("Enter")
+    page.get_by_text("query block 3 attends exactly to").wait_for()
+    picture = page.locator("#looks img").last
+    assert picture.evaluate("image => image.naturalWidth") == 512
+    size = picture.bounding_box()
+    picture.click(position={"x": size["width"] / 2, "y": size["height"] - 3})
+    page.get_by_text("query block 15 attends exactly to").wait_for()
+    assert page.locator("table.bars tr").count() == 2
+    shot(page, f"{look}-inside")
+    assert fits(page)
+
+    open_tab(page, "Load")
+    page.get_by_label("Repository").fill("../../etc/passwd")
+    page.get_by_role("button", name="Load").click()
+    page.get_by_text("That is no repository: its name reads user/repository.").wait_for()
+    shot(page, f"{look}-load")
+    assert fits(page)
+
+    open_tab(page, "Speed")
+    page.get_by_label("number input for Tokens").fill("1024")
+    page.get_by_role("button", name="Measure").click()
+    page.get_by_text("sla", exact=True).first.wait_for()
+    shot(page, f"{look}-speed")
+    assert fits(page)
+
+
+def open_tab(page, name):
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():
+        page.locator("button.overflow-menu, .overflow-menu > button").first.click()
+        tab = page.get_by_text(name, exact=True).last
+    tab.click()
+
+
+def test_stop_stops(visit):
+    page = visit("light")
+    page.get_by_label("number input for Steps").first.fill("20")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("progress").wait_for()
+    page.get_by_role("button", name="Stop").first.click()
+    page.get_by_text("Stopped.").wait_for()
+    page.wait_for_timeout(2000)
+    assert page.locator(".cards").count() == 0
+
+
+def test_the_page_is_usable_by_keyboard(visit):
+    page = visit("light")
+    button = page.get_by_role("button", name="Compare", exact=True)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if button.evaluate("b => b === document.activeElement"):
+            break
+    else:
+        raise AssertionError("Tab never reaches Compare")
+    page.keyboard.press("Enter")
+    page.locator(".cards").wait_for()
+
+
+def test_a_visitor_who_leaves_in_the_middle_does_not_hold_up_the_next(visit):
+    page = visit("light")
+    page.get_by_label("number input for Steps").first.fill("20")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("progress").wait_for()
+    page.close()
+    page = visit("light")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".cards").wait_for()

@@ -1,0 +1,40 @@
+"""What the Hub reads of the folder: front matter and requirements."""
+
+import re
+import tomllib
+
+import gradio
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+SPACE = ROOT / "space_app"
+
+
+def test_front_matter_is_what_spaces_take():
+    _, front, _ = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    facts = yaml.safe_load(front)
+    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {facts["colorFrom"], facts["colorTo"]} <= colours
+    assert (facts["sdk"], facts["app_file"], facts["python_version"]) == ("gradio", "app.py", "3.12")
+    assert (SPACE / facts["app_file"]).is_file()
+    assert len(facts["short_description"]) <= 60
+    pinned = re.search(r"^gradio==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert facts["sdk_version"] == pinned == gradio.__version__
+
+
+def test_requirements_are_the_packages_own_and_what_the_space_adds():
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    needed = {r.name: r.specifier for r in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    assert "gradio" not in needed  # sdk_version brings it
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in (*project["dependencies"], *project["optional-dependencies"]["demo"]):
+        required = Requirement(line)
+        assert required.name in needed, required.name
+        if required.name != "torch":  # bounded by what ZeroGPU offers
+            assert needed[required.name] == required.specifier
+
+
+def test_the_folder_is_small_enough_to_upload():
+    assert sum(path.stat().st_size for path in SPACE.rglob("*") if path.is_file()) < 45e6
+    assert sum(path.stat().st_size for path in (SPACE / "sample_pipeline").rglob("*") if path.is_file()) < 40e6
