@@ -9,7 +9,8 @@ import logging
 import weakref
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .config import SLAConfig
 from .families import Family
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 class Denoising:
     """What is true of the forward under way.
 
-    image_tokens: image tokens in the layers' sequence, or None where the layers see the text by themselves.
+    image: [image tokens in the layers' sequence, 0], or None where the layers see the text by themselves. It is a
+    tensor because torch.compile follows a size that changes, and compiles anew for every other number.
     dense: the schedule keeps this step dense. step: (index, number of steps), set by hand where no pipeline counts.
     unknown: forwards whose step nobody knew although the schedule asks for it.
     """
@@ -31,14 +33,15 @@ class Denoising:
         self.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.step: tuple[int, int] | None = None
-        self.image_tokens: int | None = None
+        self.image: Tensor | None = None
         self.dense = False
         self.unknown = 0
 
     def note(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = dict(zip(self.arguments, args, strict=False), **kwargs)
         if self.family.image_tokens is not None:
-            self.image_tokens = self.family.image_tokens(model, inputs)
+            some = next(x for x in inputs.values() if isinstance(x, Tensor))
+            self.image = some.new_empty((self.family.image_tokens(model, inputs), 0))
         if self.dense_steps:
             step = self.step or self._scheduler_step(inputs)
             self.dense = step is not None and any(step[0] == (s if s >= 0 else step[1] + s) for s in self.dense_steps)
@@ -89,5 +92,6 @@ def remove(model: nn.Module) -> None:
         hook.remove()
 
 
+@torch.compiler.disable  # it runs between the caller and the compiled model, whose graphs see what it noted
 def _note(model, args, kwargs):
     model._sla_denoising.note(model, args, kwargs)

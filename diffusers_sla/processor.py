@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -69,6 +70,7 @@ class SLALayer(nn.Module):
     def __init__(self, head_dim: int, config: SLAConfig, device: torch.device | None = None):
         super().__init__()
         self.head_dim = head_dim
+        self.frozen_told = False
 
         def parameter(tensor):
             return nn.Parameter(tensor.to(device=device, dtype=torch.float32))
@@ -91,8 +93,20 @@ class SLALayer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, config: SLAConfig, **keywords: Any) -> Tensor:
         """`sla_attention` with this layer's weights; query, key, value [B, H, L, D]."""
+        if self.training and not torch.compiler.is_compiling():
+            self._tell_if_frozen()
         weights = {name: getattr(self, name) for name in WEIGHTS}
         return sla_attention(query, key, value, **config.kernel_settings(), **weights, **keywords)
+
+    def _tell_if_frozen(self):
+        if self.frozen_told or self.proj_l_weight is None or self.proj_l_weight.requires_grad:
+            return
+        if torch.is_grad_enabled():
+            logger.warning(
+                "training with SLA's projections frozen. PEFT's add_adapter freezes every weight that is no adapter; "
+                "to train them: for p in sla_parameters(model): p.requires_grad_(True)"
+            )
+            self.frozen_told = True
 
     def _apply(self, fn, recurse=True):
         def move(tensor):
@@ -242,6 +256,8 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
             return "the text attends to itself"
         if Lq != Lk and isinstance(self.native, nn.Module):
             return "cross-attention to an image prompt"
+        if _scores_are_skipped():
+            return "a guider skips the attention scores"
         return None
 
     def _refusal(self, query, dropout_p: float, is_causal: bool) -> str | None:
@@ -254,8 +270,6 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
             return f"the head size is {query.shape[-1]}, the layer was set up for {self.state.head_dim}"
         if query.dtype not in DTYPES:
             return f"dtype {query.dtype} is not one of {', '.join(map(str, DTYPES))}"
-        if _scores_are_skipped():
-            return "a guider skips the attention scores"
         return None
 
     def _kept(self, Lq: int, Lk: int, masked: bool, context, ranks: int):
@@ -270,8 +284,8 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
             return (0, 0), (0, 0), f"queries and keys differ in number: {Lq} and {Lk}"
         text = 0
         if side is not None:
-            if self.denoising.image_tokens is not None:
-                text = max(0, Lq - self.denoising.image_tokens)  # a layer may see a part of the image only
+            if self.denoising.image is not None:
+                text = max(0, Lq - self.denoising.image.shape[0])  # a layer may see a part of the image only
             elif context is not None:
                 text = context.shape[1] * ranks
         if text >= Lq:
@@ -319,7 +333,10 @@ def bind(
     Raises:
         SLAUnsupportedError: The native processor makes no attention call.
     """
-    return _empty(type(native))._setup(native, head_dim, config, strict, family, denoising, device)
+    bound = _empty(type(native))._setup(native, head_dim, config, strict, family, denoising, device)
+    if type(native) in AttentionProcessorRegistry._registry:  # guiders look up there how to skip a layer
+        AttentionProcessorRegistry.register(type(bound), AttentionProcessorRegistry.get(type(native)))
+    return bound
 
 
 def _key_mask(mask: Any, query: Tensor, key: Tensor, kind: str | None, row: int) -> tuple[Tensor | None, str | None]:

@@ -13,7 +13,8 @@ from .processor import BoundSLAAttnProcessor
 
 @dataclass
 class LayerReport:
-    """How a layer ran: `runs` is "sla" or "native", with `why` for the latter; dense calls by reason.
+    """How a layer ran: `runs` is "sla" or "native", with `why` for the latter; dense calls by reason; whether its
+    projections are frozen.
 
     Calls inside compiled graphs count 0.
     """
@@ -22,6 +23,7 @@ class LayerReport:
     why: str = ""
     calls_sla: int = 0
     calls_dense: dict[str, int] = field(default_factory=dict)
+    frozen: bool = False
 
 
 @dataclass
@@ -41,7 +43,8 @@ class SLAReport:
         rows = [("layer", "runs", "SLA calls", "dense calls")]
         for name, layer in self.layers.items():
             dense = "; ".join(f"{count} ({reason})" for reason, count in layer.calls_dense.items()) or "0"
-            rows.append((name, layer.runs, str(layer.calls_sla), dense if layer.runs == "sla" else f"- ({layer.why})"))
+            runs = f"{layer.runs}, frozen" if layer.frozen else layer.runs
+            rows.append((name, runs, str(layer.calls_sla), dense if layer.runs == "sla" else f"- ({layer.why})"))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = [] if len(rows) == 1 else ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([f"{name}: {verdict}" for name, verdict in self.models.items()] + table)
@@ -70,7 +73,8 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
         for path, attn in attentions.items():
             processor = attn.processor
             if isinstance(processor, BoundSLAAttnProcessor):
-                report = LayerReport("sla", "", processor.calls_sla, dict(processor.calls_dense))
+                frozen = not any(p.requires_grad for p in processor.state.parameters())
+                report = LayerReport("sla", "", processor.calls_sla, dict(processor.calls_dense), frozen)
             elif not is_self_attention(family, path, attn):
                 report = LayerReport("native", "not self-attention over the image")
             elif "_sla_denoising" in model.__dict__:

@@ -154,7 +154,7 @@ def test_disabled_runs_dense_and_says_so():
     output(model, inputs)
     report = sla_report(model).to_dict()
     assert report["layers"]["transformer.transformer_blocks.0.attn1"] == {
-        "runs": "sla", "why": "", "calls_sla": 1, "calls_dense": {"disabled": 1}
+        "runs": "sla", "why": "", "calls_sla": 1, "calls_dense": {"disabled": 1}, "frozen": False
     }  # fmt: skip
     assert "1 (disabled)" in str(sla_report(model))
 
