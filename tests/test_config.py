@@ -68,3 +68,23 @@ def test_a_config_is_frozen_and_its_error_is_a_value_error():
         SLAConfig().topk = 0.5
     assert issubclass(SLAConfigError, SLAError)
     assert issubclass(SLAConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "what"),
+    [
+        ("dense_layers", 3, "a list of numbers or paths"), ("dense_layers", [1.5], "a list of numbers or paths"),
+        ("dense_steps", ["0"], "a list of numbers"), ("dense_steps", [True], "a list of numbers"),
+        ("min_length", -1, "an integer >= 0"), ("min_length", 1.5, "an integer >= 0"),
+    ],
+)  # fmt: skip
+def test_schedules_out_of_range_are_named(setting, value, what):
+    with pytest.raises(SLAConfigError, match=f"{setting} must be {what}, got "):
+        SLAConfig(**{setting: value})
+
+
+def test_schedules_are_plain_lists_in_files_and_hashable_here():
+    config = SLAConfig(dense_layers=[0, -1, "blocks.3.attn1"], dense_steps=[0])
+    assert config.to_dict()["dense_layers"] == [0, -1, "blocks.3.attn1"]
+    assert SLAConfig.parse(config.to_dict()) == config
+    assert len({config, SLAConfig.parse(config.to_dict())}) == 1
