@@ -12,6 +12,8 @@ import torch.nn.functional as F
 EPS = 1e-5
 # Bytes of gathered keys and values per step: small enough for a core's caches, large enough to hide Python.
 STEP_BYTES = 4 << 20
+# Rows of one head that the linear branch takes at a time.
+STEP_ROWS = 2048
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
@@ -53,13 +55,10 @@ def sla_attention_eager(
             marginal = block_map if linear == "marginal" else None
             k_inner, v_inner = _inner(k, keep_k), _inner(v, keep_k)
             mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
-            o_l = _linear_branch(
-                q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight, proj_l_weight, mask, marginal,
-                blkq, blkk,
+            o = _add_linear_branch(
+                o, q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight, proj_l_weight, proj_l_bias,
+                mask, marginal, blkq, blkk,
             )  # fmt: skip
-            if proj_l_bias is not None:
-                o_l = o_l + proj_l_bias.float()
-            o = (o.float() + o_l).to(q.dtype)
         if sum(keep_q):
             first, last = keep_q[0], q.shape[2] - keep_q[1]
             kept = torch.cat([q[:, :, :first], q[:, :, last:]], 2)
@@ -82,9 +81,9 @@ def _inner(x, keep, dim=2):
 
 
 def _blocks(x, block):
-    """[B, H, L, D] -> [B, H, num_blocks, block, D], the last one padded with zeros."""
-    B, H, L, D = x.shape
-    return F.pad(x, (0, 0, 0, -L % block)).view(B, H, -1, block, D) if L % block else x.unflatten(2, (-1, block))
+    """[.., L, D] -> [.., num_blocks, block, D], the last one padded with zeros."""
+    L = x.shape[-2]
+    return (F.pad(x, (0, 0, 0, -L % block)) if L % block else x).unflatten(-2, (-1, block))
 
 
 def _block_means(x, block, mask):
@@ -116,30 +115,77 @@ def _phi(x, feature_map, weight):
     return torch.cat([x, -x], -1).softmax(-1)
 
 
-def _linear_branch(q, k, v, feature_map, phi_q, phi_k, weight, key_mask, block_map, blkq, blkk):
-    """O_l W^T in float32 (eq. 5, 6): phi(q) (H W^T) / (phi(q) z + eps), H and z over all or the marginal blocks."""
-    B, H, Lq, D = q.shape
+def _add_linear_branch(
+    o, q, k, v, feature_map, phi_q, phi_k, weight, bias, key_mask, block_map, blkq, blkk,
+):  # fmt: skip
+    """o + O_l W^T + b (eq. 5, 6), the branch in float32: phi(q) (H W^T) / (phi(q) z + eps), H and z over all or the
+    marginal blocks. Where no gradient is wanted it is added in place.
+
+    A CPU takes one key head at a time, whose pieces stay in its caches; other devices take all of them at once.
+    """
     Hkv = k.shape[1]
-    fq = _phi(q.float(), feature_map, phi_q)
-    fk = _phi(k.float(), feature_map, phi_k)
-    v = v.float()
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        fk, v = fk.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    q, o_heads = (x.unflatten(1, (Hkv, -1)) for x in (q, o))  # [B, Hkv, group, L, D]
+    rows = None if block_map is None else (block_map == 0).unflatten(1, (Hkv, -1))
+    mask = None if key_mask is None else key_mask[:, None].expand(*k.shape[:3])
+    heads = [(...,)] if q.device.type != "cpu" else [(b, h) for b in range(k.shape[0]) for h in range(Hkv)]
     weight = weight.float()
-    if block_map is None:
-        m = ((fk.mT @ v) @ weight.mT).repeat_interleave(H // Hkv, 1)
-        z = fk.sum(2).repeat_interleave(H // Hkv, 1)
-        return (fq @ m) / (fq @ z[..., None] + EPS)
-    k_blocks, v_blocks = _blocks(fk, blkk), _blocks(v, blkk)
-    sums = (k_blocks.mT @ v_blocks) @ weight.mT  # [B, Hkv, num_k_blocks, features, D]
-    z = k_blocks.sum(3)
-    rows = (block_map == 0).float().view(B, Hkv, -1, block_map.shape[-1])
-    m = (rows @ sums.flatten(3)).view(B, H, -1, fq.shape[-1], D)
-    z = (rows @ z).view(B, H, -1, fq.shape[-1])
-    q_blocks = _blocks(fq, blkq)
-    o = (q_blocks @ m) / (q_blocks @ z[..., None] + EPS)
-    return o.flatten(2, 3)[:, :, :Lq]
+    tracked = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (o, q, k, v, phi_q, phi_k, weight, bias)
+    )
+    parts = []
+    for head in heads:
+        hidden = None if mask is None else ~mask[head]
+        if rows is None:
+            pieces = _all_blocks(q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight)
+        else:
+            pieces = _marginal_blocks(
+                q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight, rows[head], blkq, blkk
+            )
+        if tracked:
+            parts.append(torch.cat([piece for _, piece in pieces], -2))
+            continue
+        for at, piece in pieces:
+            if bias is not None:
+                piece += bias
+            target = o_heads[head][..., at, :]
+            target.copy_(piece.add_(target))
+    if not tracked:
+        return o
+    branch = torch.stack(parts).view(q.shape) if len(heads) > 1 else parts[0].view(q.shape)
+    branch = branch.flatten(1, 2)
+    return (o.float() + (branch if bias is None else branch + bias.float())).to(o.dtype)
+
+
+def _steps(length):
+    return (slice(start, min(start + STEP_ROWS, length)) for start in range(0, length, STEP_ROWS))
+
+
+def _all_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight):
+    """(rows, O_l W^T of those rows) for q [.., group, Lq, D], k, v [.., Lk, D], hidden [.., Lk]; one H for all."""
+    h, z = 0, 0
+    for at in _steps(k.shape[-2]):
+        f, values = _phi(k[..., at, :].float(), feature_map, phi_k), v[..., at, :].float()
+        if hidden is not None:
+            f, values = (x.masked_fill(hidden[..., at, None], 0) for x in (f, values))
+        h, z = h + f.mT @ values, z + f.sum(-2)
+    m, z = (h @ weight.mT).unsqueeze(-3), z[..., None, :, None]
+    for at in _steps(q.shape[-2]):
+        f = _phi(q[..., at, :].float(), feature_map, phi_q)
+        yield at, (f @ m) / (f @ z + EPS)
+
+
+def _marginal_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, rows, blkq, blkk):
+    """As `_all_blocks`, with an H for each query block: the sum over its marginal blocks, rows [.., group, Nq, Nk]."""
+    f, v = _phi(k.float(), feature_map, phi_k), v.float()
+    if hidden is not None:
+        f, v = (x.masked_fill(hidden[..., None], 0) for x in (f, v))
+    f, v = _blocks(f, blkk), _blocks(v, blkk)
+    sums, z = ((f.mT @ v) @ weight.mT).unsqueeze(-4), f.sum(-2).unsqueeze(-3)  # [.., 1, Nk, F, D], [.., 1, Nk, F]
+    rows = rows.float()
+    m = (rows @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
+    f = _blocks(_phi(q.float(), feature_map, phi_q), blkq)
+    o = (f @ m) / (f @ (rows @ z)[..., None] + EPS)
+    yield slice(0, q.shape[-2]), o.flatten(-3, -2)[..., : q.shape[-2], :]
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -223,6 +269,10 @@ class _Gather:
         head = torch.arange(B * Hkv, device=q.device).view(B, Hkv, 1, 1).expand(B, Hkv, H // Hkv, num_q_blocks)
         self.head = head.reshape(-1)
         self.at = self.head[:, None] * num_k_blocks + indices.reshape(-1, self.n)
+        per_block = 2 * (self.n * blkk + self.kept_k.shape[1]) * D * k.element_size()
+        self.size = max(4, STEP_BYTES // per_block)
+        # Fresh memory for every step would cost as much as the copy into it.
+        self.room = k.new_empty((2, min(self.size, self.q.shape[0]) * self.n, blkk, D))
         self.valid: Optional[torch.Tensor] = None
         self.kept_valid: Optional[torch.Tensor] = None
         if key_mask is not None or (last - first) % blkk:
@@ -239,14 +289,16 @@ class _Gather:
             self.kept_k, self.kept_v = (x.masked_fill(hidden, 0) for x in (self.kept_k, self.kept_v))
 
     def steps(self):
-        per_block = 2 * (self.n * self.k.shape[1] + self.kept_k.shape[1]) * self.k.shape[2] * self.k.element_size()
-        size = max(4, STEP_BYTES // per_block)
-        for start in range(0, self.q.shape[0], size):
-            yield slice(start, start + size)
+        for start in range(0, self.q.shape[0], self.size):
+            yield slice(start, start + self.size)
 
     def __call__(self, rows):
+        """What the next step attends to; the keys and values are overwritten by the call after it."""
         at, head = self.at[rows], self.head[rows]
-        keys, values = (x.index_select(0, at.flatten()).view(at.shape[0], -1, x.shape[2]) for x in (self.k, self.v))
+        keys, values = (
+            torch.index_select(x, 0, at.flatten(), out=room[: at.numel()]).view(at.shape[0], -1, x.shape[2])
+            for x, room in ((self.k, self.room[0]), (self.v, self.room[1]))
+        )
         visible = None if self.valid is None else self.valid[at].flatten(1)
         if self.kept_k.shape[1]:
             keys = torch.cat([self.kept_k[head], keys], 1)
