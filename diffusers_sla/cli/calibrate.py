@@ -72,6 +72,8 @@ def command(model, out, prompts, file, samples, seed, sla_config, device, dtype,
         for component, denoiser in denoisers(pipe).items():
             denoiser.save_pretrained(out / component)
         print(f"folded proj_s of {len(folded)} layers into {', '.join(denoisers(pipe))}")
-    save_sla_weights(pipe, out)
+    errors = {f"mean error {when}": report.mean(f"error_{when}") for when in ("before", "after")}
+    fitted = {"method": "closed-form calibration, no training", "samples": samples, "folded": fold} | errors
+    save_sla_weights(pipe, out, meta={"training": fitted})
     (out / "calibration.json").write_text(report.to_json() + "\n")
     print(f"wrote {out}", file=sys.stderr)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,7 +270,7 @@ class _Run:
         with self._averaged():
             self.trained.save(partial)
             if sla_layers(self.pipe):
-                save_sla_weights(self.pipe, partial)
+                save_sla_weights(self.pipe, partial, meta={"training": self._for_the_card(step)})
         record = json.dumps({"step": step, "settings": self.settings.to_dict()}, indent=2)
         (partial / RECORD).write_text(record + "\n")
         for path in partial.iterdir():
@@ -278,6 +279,16 @@ class _Run:
                 shutil.rmtree(final)
             os.replace(path, final)
         partial.rmdir()
+
+    def _for_the_card(self, step: int) -> dict[str, Any]:
+        """What the model card tells of a run; no paths and no prompts."""
+        told = (
+            "train", "objective", "train_batch_size", "gradient_accumulation_steps", "learning_rate",
+            "projection_learning_rate", "lr_scheduler", "mixed_precision", "use_ema", "seed", "height", "width",
+            "num_frames",
+        )  # fmt: skip
+        settings = self.settings.to_dict()
+        return {"steps": step} | {name: settings[name] for name in told if settings[name] is not None}
 
     def _rest_to(self, device: torch.device | str) -> None:
         """Everything but the denoiser: encoders and decoders are idle while a run trains on encoded data."""
