@@ -2,6 +2,7 @@
 
 from .apply import apply_sla, record, remove_sla, sla_disabled, sla_layers, sla_parameters, sla_step
 from .config import SLAConfig
+from .drop_in import SparseLinearAttention
 from .errors import (
     SLAConfigError,
     SLADataError,
@@ -42,6 +43,7 @@ __all__ = [
     "SLAStateVersionError",
     "SLATrainingError",
     "SLAUnsupportedError",
+    "SparseLinearAttention",
     "apply_sla",
     "load_sla_weights",
     "push_sla_to_hub",

@@ -12,7 +12,7 @@ LEVELS = (
     {"errors", "kernel"},
     {"config", "families", "foreign", "parallel", "rewrite", "tensor_files"},
     {"denoising", "flops", "generation", "state", "wan_checkpoint"},
-    {"benchmark", "cards", "processor"},
+    {"benchmark", "cards", "drop_in", "processor"},
     {"apply", "hub"},
     {"doctor", "export_kernel", "report", "saved_models", "setter", "space", "weights"},
     {"compare", "conversion", "inside", "inspection", "push", "training"},

@@ -1,0 +1,60 @@
+"""SparseLinearAttention: the reference implementation's module (thu-ml/SLA) by its interface, for code written to it."""
+
+import torch
+from torch import Tensor, nn
+
+from .config import SLAConfig
+from .errors import SLAUnsupportedError
+from .kernel import sla_attention
+
+
+class SparseLinearAttention(nn.Module):
+    """Drop-in for `sparse_linear_attention.SparseLinearAttention`; switch by the import line.
+
+    `state_dict` has `proj_l.weight` [D, D] and `proj_l.bias` [D], float32, zero at the start. Unlike the reference it
+    keeps at least one block however small topk is, and serves any device, head size up to 256 and block size.
+
+    Args:
+        head_dim: D.
+        topk: Share of key blocks each query block attends to exactly, in (0, 1].
+        feature_map: "softmax", "elu" or "relu".
+        BLKQ, BLKK: Queries and keys per block: 16, 32, 64 or 128.
+        use_bf16: Compute in bfloat16; False: in float16.
+        tie_feature_map_qk: Without effect, as all of these feature maps are fixed.
+
+    Raises:
+        SLAConfigError: A setting is out of range.
+        SLAUnsupportedError: feature_map is "hedgehog", which has weights that the reference's state has no names for.
+    """
+
+    def __init__(
+        self, head_dim: int, topk: float, feature_map: str = "softmax", BLKQ: int = 64, BLKK: int = 64,
+        use_bf16: bool = True, tie_feature_map_qk: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.config = SLAConfig(
+            topk=topk, blkq=BLKQ, blkk=BLKK, feature_map=feature_map, tie_feature_map_qk=tie_feature_map_qk
+        )
+        if feature_map == "hedgehog":
+            raise SLAUnsupportedError(
+                "feature_map 'hedgehog' has weights of its own: use SLAAttnProcessor or apply_sla"
+            )
+        self.dtype = torch.bfloat16 if use_bf16 else torch.float16
+        self.proj_l = nn.Linear(head_dim, head_dim, dtype=torch.float32)
+        nn.init.zeros_(self.proj_l.weight)
+        nn.init.zeros_(self.proj_l.bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, return_sparsity: bool = False) -> Tensor | tuple[Tensor, float]:
+        """Attention over q [B, H, Lq, D], k and v [B, H, Lk, D].
+
+        Returns:
+            [B, H, Lq, D] in q's dtype; with `return_sparsity` also the share of key blocks kept.
+        """
+        o = sla_attention(
+            *(x.to(self.dtype) for x in (q, k, v)), **self.config.kernel_settings(),
+            proj_l_weight=self.proj_l.weight, proj_l_bias=self.proj_l.bias,
+        ).to(q.dtype)  # fmt: skip
+        if not return_sparsity:
+            return o
+        num_blocks = -(-k.shape[2] // self.config.blkk)
+        return o, max(1, int(self.config.topk * num_blocks)) / num_blocks
