@@ -8,6 +8,7 @@ from .errors import SLAHubError
 from .hub import Pushed, push_files
 
 APP = Path(__file__).parent.parent / "space_app"
+RECORDS = APP.parent / "benchmarks"  # the app draws its speed curves from them
 _SKIPPED = {"__pycache__", "outputs"}
 
 
@@ -28,6 +29,7 @@ def space_files(app: str | os.PathLike = APP) -> dict[str, Path]:
         **_walk(app, ""),
         **_walk(package, "diffusers_sla/"),
         **_walk(TEMPLATES, "diffusers_sla/model_card_templates/"),
+        **{f"benchmarks/{path.name}": path for path in sorted(RECORDS.glob("*.json"))},
     }
 
 

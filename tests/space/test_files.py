@@ -8,6 +8,8 @@ import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
+from diffusers_sla.space import space_files
+
 SPACE = ROOT / "space_app"
 
 
@@ -38,3 +40,10 @@ def test_requirements_are_the_packages_own_and_what_the_space_adds():
 def test_the_folder_is_small_enough_to_upload():
     assert sum(path.stat().st_size for path in SPACE.rglob("*") if path.is_file()) < 45e6
     assert sum(path.stat().st_size for path in (SPACE / "sample_pipeline").rglob("*") if path.is_file()) < 40e6
+
+
+def test_what_is_uploaded_has_the_app_the_pipeline_and_the_speed_records():
+    files = space_files()
+    assert {"app.py", "serving.py", "sample_pipeline/model_index.json", "diffusers_sla/compare.py"} <= files.keys()
+    records = {path.name for path in (ROOT / "benchmarks").glob("*.json")}
+    assert {name.removeprefix("benchmarks/") for name in files if name.startswith("benchmarks/")} == records
