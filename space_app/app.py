@@ -23,13 +23,14 @@ CSS = """
 .card span, .hint { color: var(--body-text-color); opacity: 0.85; font-size: 0.9rem; }
 progress { width: 100%; accent-color: var(--color-accent); }
 .scroll { overflow-x: auto; }
-table.numbers { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+table.numbers { border-collapse: collapse; border: 0 !important; width: 100%;
+                font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 table.numbers th, table.numbers td { padding: 4px 8px; text-align: right; border: 0;
         border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
 table.numbers th { font-weight: 600; }
 table.numbers tr > :first-child { text-align: left; white-space: nowrap; }
 table.bars td.bar { width: 60%; } table.bars td.bar div { height: 0.8em; background: var(--color-accent); }
-table.numbers caption { text-align: left; padding: 4px 8px; color: var(--body-text-color-subdued); }
+table.numbers caption { text-align: left; padding: 4px 8px; color: var(--body-text-color); opacity: 0.85; }
 .key { display: inline-block; width: 0.9em; height: 0.9em; margin: 0 4px -1px 10px;
        border: 1px solid var(--border-color-primary); }
 .key.critical { background: rgb(23, 55, 120); } .key.marginal { background: rgb(176, 203, 235); }

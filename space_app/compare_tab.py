@@ -51,10 +51,7 @@ def build(served: Served, loaded: gr.State) -> None:
     ):  # fmt: skip
         fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip)
         request, config = answered(lambda: request_form.values(served, *fields))
-        trained = repository or served.trained()
-        variants = [Variant(name=TRAINED, config=config, state=trained)] if trained else []
-        if with_untrained or not trained:
-            variants.append(Variant(name=UNTRAINED, config=config))
+        variants = _variants(config, repository or served.trained(), with_untrained)
 
         def work(on_progress):
             return compare(served.pipe, request, variants, warm_up=not served.on_cpu, on_progress=on_progress)
@@ -70,6 +67,22 @@ def build(served: Served, loaded: gr.State) -> None:
             gr.Radio(pairs, value=pairs[0], visible=len(pairs) > 1), kept,
         ]  # fmt: skip
 
+    @on_gpu(lambda subject, seed: 30 + 12 * served.model.steps)
+    def on_example(subject, seed):
+        """The example's comparison with the page's own settings; Gradio keeps it for the next visitor."""
+        model = served.model
+        request, config = request_form.values(
+            served, subject, model.topk, seed, model.steps, model.guidance_scale, 64, 64, "softmax", "all", 0.0
+        )
+        with served.lock:
+            comparison = compare(served.pipe, request, _variants(config, served.trained(), False))
+        left, right = (_shown(result.frames) for result in comparison.results[:2])
+        return [
+            *([left, right] if served.is_video else [(left, right)]),
+            _cards(comparison, served),
+            comparison.to_dict(),
+        ]
+
     outputs = [*pictures, cards, numbers, show, results]
     running = run.click(
         on_run, [*form.inputs, both, loaded], outputs, api_name="compare", concurrency_id="model", concurrency_limit=1,
@@ -84,7 +97,18 @@ def build(served: Served, loaded: gr.State) -> None:
         [results, show], pictures, api_visibility="private",
     )  # fmt: skip
     subject, _, seed = form.inputs[:3]
-    gr.Examples([[text, i] for i, text in enumerate(served.model.subjects)], [subject, seed], label="To start with")
+    gr.Examples(
+        [[text, i] for i, text in enumerate(served.model.subjects)], [subject, seed], [*pictures, cards, numbers],
+        on_example, cache_examples=True, cache_mode="lazy", label="Ready-made: computed for the first who asks",
+        api_visibility="private",
+    )  # fmt: skip
+
+
+def _variants(config, trained, with_untrained) -> list[Variant]:
+    variants = [Variant(name=TRAINED, config=config, state=trained)] if trained else []
+    if with_untrained or not trained:
+        variants.append(Variant(name=UNTRAINED, config=config))
+    return variants
 
 
 def _shown(frames) -> Any:
