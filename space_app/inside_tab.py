@@ -43,10 +43,10 @@ def build(served: Served, loaded: gr.State) -> None:
                 )
                 blocks = gr.Image(label="Block map", format="png", type="pil", interactive=False, height=320)
             gr.HTML(
-                "<p class='hint'>The chosen query block is red, the keys it attends to exactly are bright. The block map "
-                "has a row per query block and a column per key block: <span class='key critical'></span>critical: exact "
-                "<span class='key marginal'></span>marginal: linear branch "
-                "<span class='key negligible'></span>negligible: left out</p>",
+                "<p class='hint'>The chosen query block is red, the keys it attends to exactly are bright. The block "
+                "map has a row per query block and a column per key block: "
+                "<span class='key critical'></span>critical: exact <span class='key marginal'></span>marginal: linear "
+                "branch <span class='key negligible'></span>negligible: left out</p>",
                 padding=False,
             )
             with gr.Row():
