@@ -1,4 +1,4 @@
-"""SparseLinearAttention: the reference implementation's module (thu-ml/SLA) by its interface, for code written to it."""
+"""SparseLinearAttention: the module of the reference implementation (thu-ml/SLA), for code written to it."""
 
 import torch
 from torch import Tensor, nn
