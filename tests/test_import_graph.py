@@ -17,6 +17,7 @@ LEVELS = (
     {"doctor", "export_kernel", "report", "saved_models", "setter", "space", "weights"},
     {"compare", "conversion", "inside", "inspection", "push", "training"},
     {"pictures", "__init__"},
+    {"report_picture"},
     {"cli"},
     {"__main__"},
 )
@@ -25,7 +26,7 @@ KERNEL_MAY_IMPORT = {"torch", "triton"} | sys.stdlib_module_names
 ONLY_IN = {
     "triton": {"kernel", "benchmark"},
     "huggingface_hub": {"hub", "cards"},
-    "matplotlib": {"pictures", "cli"},
+    "matplotlib": {"pictures", "report_picture", "cli"},
     "skimage": {"compare"},
     "gradio": set(),
     "accelerate": {"training"},
