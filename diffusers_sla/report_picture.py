@@ -33,12 +33,13 @@ def report_picture(report: SLAReport, records: Sequence[AttentionRecord] = ()) -
 
     last = {r.layer: r for r in records}
     layers = [(name, layer) for name, layer in report.layers.items() if layer.runs == "sla"]
-    rows = max(1, -(-len(layers) // COLUMNS))
+    columns = max(2, min(COLUMNS, len(layers)))
+    rows = max(1, -(-len(layers) // columns))
     lines = _summary(report)
-    figure = Figure(figsize=(3 * COLUMNS, 3.4 * rows + 0.2 * len(lines) + 0.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(3 * columns, 3.4 * rows + 0.2 * len(lines) + 0.4), dpi=80, layout="constrained")
     halves = figure.add_gridspec(2, 1, height_ratios=[3.4 * rows, 0.2 * len(lines) + 0.4])
     grid, text = (figure.add_subfigure(halves[half]) for half in range(2))
-    panels = grid.subplots(rows, COLUMNS, squeeze=False).flatten()
+    panels = grid.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.axis("off")
     for panel, (name, layer) in zip(panels, layers, strict=False):

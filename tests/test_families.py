@@ -255,3 +255,6 @@ def test_the_page_is_in_step_with_the_table():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert path.with_suffix(".md").read_text() == module.page(), "run python docs/models.py"
+    readme = (path.parents[1] / "README.md").read_text()
+    assert f"{len(table.FAMILIES)} model classes" in readme
+    assert f"{len(table.REFUSED)} others" in readme

@@ -343,3 +343,11 @@ def test_ema_follows_the_projections_too():
     average.restore(model.parameters())
     for now, then in zip(sla_parameters(model), start, strict=True):
         torch.testing.assert_close(now, then + 1)
+
+
+def test_ema_cannot_be_saved_with_the_projections_in_it(tmp_path):
+    """Diffusers zips the averages with a new native model; docs/using.md says what to do instead."""
+    model, _ = prepare("wan")
+    average = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        average.save_pretrained(tmp_path)
