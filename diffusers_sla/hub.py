@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -340,10 +341,10 @@ def _server_message(error: BaseException) -> str:
 
 @contextmanager
 def quiet_progress(quiet: bool) -> Iterator[None]:
-    """Without the client's progress bars inside the block, if `quiet`."""
+    """Without the client's progress bars inside the block, if `quiet` or where nobody watches."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if not quiet or are_progress_bars_disabled():
+    if not (quiet or not sys.stderr.isatty()) or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

@@ -31,6 +31,7 @@ class PushPlan:
     left_out: list[str]
     readme: str | None = None  # the folder's own
     scratch: Any = field(default=None, repr=False)  # keeps the folder of generated files alive
+    rendered: str = field(default="", repr=False)
 
     def size(self, path: str) -> int:
         content = self.files[path]
@@ -38,7 +39,13 @@ class PushPlan:
 
     def render(self, remote: str | None = None) -> str:
         """The README.md: what the repository has, or what the folder has, with the card's section in it."""
-        return render_card(self.card, self.readme if remote is None else remote)
+        self.rendered = render_card(self.card, self.readme if remote is None else remote)
+        return self.rendered
+
+    @property
+    def has_license(self) -> bool:
+        """Whether the model card that was rendered last names a licence."""
+        return re.search(r"^license:", self.rendered, re.MULTILINE) is not None
 
 
 def push_sla_to_hub(

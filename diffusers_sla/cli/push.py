@@ -48,8 +48,6 @@ def command(
         return
     for name in plan.left_out:
         remark(f"left out: {name} (--weights {name} takes it along)", quiet=quiet)
-    if plan.card.license is None and "license:" not in plan.render():
-        remark("the model card names no licence; --license ID does", quiet=quiet)
     if dry_run:
         sizes = {path: plan.size(path) for path in plan.files} | {"README.md": len(plan.render().encode())}
         lines = [f"{size:>12,}  {path}" for path, size in sorted(sizes.items())]
@@ -66,6 +64,8 @@ def command(
         pushed = push_plan(
             plan, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message, token=token
         )
+    if not plan.has_license:
+        remark("the model card names no licence; --license ID does", quiet=quiet)
     url = pushed.pull_request or f"{pushed.url}/commit/{pushed.commit}"
     text = f"pushed {len(pushed.files)} files: {url}" if pushed.changed else f"unchanged: {pushed.url}"
     show_result(vars(pushed), text, url, as_json=as_json, quiet=quiet)
