@@ -38,12 +38,26 @@ def denoisers(model_or_pipe: Any) -> dict[str, Any]:
 def component_models(model_or_pipe: Any) -> dict[str, nn.Module]:
     components = getattr(model_or_pipe, "components", None)
     if isinstance(model_or_pipe, nn.Module):
-        model = getattr(model_or_pipe, "_orig_mod", model_or_pipe)
+        model = _unwrapped(model_or_pipe)
         components = {"unet" if "UNet" in type(model).__name__ else "transformer": model}
     if not isinstance(components, Mapping):
         raise SLAUnsupportedError(f"a diffusers model or pipeline is needed, got {type(model_or_pipe).__name__}")
-    models = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}
+    models = {name: _unwrapped(part) for name, part in components.items()}
     return {name: part for name, part in models.items() if isinstance(part, nn.Module)}
+
+
+def _unwrapped(part: Any) -> Any:
+    """The model inside what torch.compile, PEFT's get_peft_model and DDP put around it."""
+    while isinstance(part, nn.Module):
+        if hasattr(part, "_orig_mod"):
+            part = part._orig_mod
+        elif hasattr(part, "get_base_model"):
+            part = part.get_base_model()  # type: ignore[operator]
+        elif isinstance(part, nn.parallel.DistributedDataParallel):
+            part = part.module
+        else:
+            break
+    return part
 
 
 def _family_layers(model: nn.Module) -> dict[str, Any]:

@@ -183,6 +183,16 @@ def test_lora_neither_wraps_the_projections_nor_freezes_them_in_silence(when, ta
     assert len(sla_layers(model)) == 2
 
 
+def test_sla_is_put_on_the_model_inside_of_wrappers():
+    peft = pytest.importorskip("peft")
+    model, inputs = make("flux")
+    wrapped = torch.compile(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"])))
+    apply_sla(wrapped, SPARSE)
+    assert sla_parameters(model) == sla_parameters(wrapped)
+    output(wrapped._orig_mod, inputs)  # eager: the text is counted in there, too
+    assert {layer.calls_sla for layer in sla_layers(wrapped).values()} == {1}
+
+
 @pytest.mark.parametrize("name", ["unet", "auraflow", "cogvideox", "pixart", "hunyuan_dit", "flux", "wan"])
 @torch.no_grad()
 def test_fused_projections_come_and_go_under_sla(name):
