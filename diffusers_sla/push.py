@@ -248,15 +248,17 @@ def _check_lora(path: Path, state: SLAState) -> None:
     """That a LoRA and a state are of the same layers, as far as their names and shapes tell."""
 
     def shape_of(layer: str) -> str:
-        return re.sub(r"\d+", "#", layer)
+        return re.sub(r"(?<=\.)\d+(?=\.)", "#", layer)
 
+    # Under dense_layers, and in UNets, layers of the same name may do without SLA.
+    every = not parse_settings(state).dense_layers and not any(layer.startswith("unet.") for layer in state.layers)
     patterns = {shape_of(layer) for layer in state.layers}
     with open_safetensors(path) as (_, tensors):
         for key in tensors:
             module, _, rest = key.partition(".lora")
             layer, _, projection = module.removesuffix(".0").rpartition(".")
             layer = layer.removesuffix(".to_out") if projection == "to_out" else layer
-            if shape_of(layer) not in patterns:
+            if shape_of(layer) not in patterns or (layer not in state.layers and not every):
                 continue
             if layer not in state.layers:
                 raise SLAStateMismatchError(f"{path} has {layer}, and the state beside it has not: they are no pair")

@@ -7,8 +7,10 @@ import zipfile
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from models import make
+from models import make, output
+from pipelines import make_pipeline, tiny_dit
 from safetensors.torch import save_file
 
 from diffusers_sla import (
@@ -364,3 +366,52 @@ def test_without_sla_there_is_nothing_to_push(hub, repo_id):
     with pytest.raises(SLAStateError, match="there is no SLA on this model"):
         push_sla_to_hub(model, repo_id)
     remove_sla(model)
+
+
+def projections(pipe):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in sla_parameters(pipe):
+            parameter.normal_(std=0.3)
+
+
+def picture(pipe):
+    generator = torch.Generator().manual_seed(3)
+    return pipe([0], num_inference_steps=2, generator=generator, output_type="np").images
+
+
+def test_a_pipeline_is_brought_back_by_two_lines(hub, transport, repo_id, tmp_path):
+    pipe = tiny_dit()
+    pipe.save_pretrained(tmp_path)
+    apply_sla(pipe, SPARSE)
+    projections(pipe)
+    save_sla_weights(pipe, tmp_path)
+    push_sla_to_hub(tmp_path, repo_id)
+
+    again = DiffusionPipeline.from_pretrained(repo_id)
+    load_sla_weights(again, repo_id)
+    again.set_progress_bar_config(disable=True)
+    assert (picture(again) == picture(pipe)).all()
+
+
+def test_a_lora_and_its_state_are_brought_back_from_one_repository(hub, repo_id, tmp_path):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = make_pipeline("wan")
+    pipe.save_pretrained(tmp_path / "base")
+    pipe.transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    apply_sla(pipe, SPARSE)
+    projections(pipe)
+    folder = save_sla_weights(pipe, tmp_path / "run")
+    type(pipe).save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+    push_sla_to_hub(folder, repo_id)
+    assert tree(hub, repo_id) == STATE | {"pytorch_lora_weights.safetensors"}
+
+    again = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    again.load_lora_weights(repo_id, weight_name="pytorch_lora_weights.safetensors")
+    load_sla_weights(again, repo_id)
+    _, inputs = make("wan")
+    with torch.no_grad():
+        torch.testing.assert_close(output(again.transformer, inputs), output(pipe.transformer, inputs))
