@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 from pipelines import make_pipeline
 
@@ -22,6 +23,12 @@ def write_photos(folder: Path, count: int = 4, frames: int = 1) -> Path:
         lines.append(json.dumps({"file_name": name, "text": CAPTIONS[i % 2], "label": CLASSES[i % 2]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """Accelerate's settings are one per process; a test gets its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import make, output
 
 from diffusers_sla import SLAConfig, apply_sla, sla_layers, sla_parameters
+from diffusers_sla.state import read_state
 from diffusers_sla.training import register_sla_for_checkpointing
-from diffusers_sla.weights import sla_state
+from diffusers_sla.weights import replay_sla_weights, sla_state
 
 STEPS = 4
 
@@ -55,11 +56,15 @@ def train(kind, folder, resume):
         optimizer.zero_grad()
         if step + 1 == STEPS // 2 and not resume:
             accelerator.save_state(folder)
+    at_the_end = sla_state(inner).layers
+    replay_sla_weights(inner, f"{folder}/sla_attention.pt")  # by itself: accelerate's own loading brings SLA along
+    replayed, saved = sla_state(inner).layers, read_state(f"{folder}/sla_attention.pt").layers
     return {
+        "replayed": all(torch.equal(replayed[k][n], t) for k, named in saved.items() for n, t in named.items()),
         "processes": accelerator.num_processes,
         "sharded": sum(isinstance(p, DTensor) for p in sla_parameters(inner)),
         "calls": [layer.calls_sla for layer in sla_layers(inner).values()],
-        "state": {f"{k}.{n}": t.tolist() for k, named in sla_state(inner).layers.items() for n, t in named.items()},
+        "state": {f"{k}.{n}": t.tolist() for k, named in at_the_end.items() for n, t in named.items()},
     }
 
 

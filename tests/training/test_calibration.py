@@ -17,7 +17,7 @@ from diffusers_sla import (
     sla_parameters,
 )
 from diffusers_sla.generation import Request
-from diffusers_sla.training import calibrate, fold_proj_s
+from diffusers_sla.training import calibrate, calibration, fold_proj_s
 from diffusers_sla.training.calibration import branches
 
 CONFIG = {"topk": 0.25, "blkq": 16, "blkk": 16}
@@ -47,6 +47,8 @@ def test_calibration_brings_attention_and_output_nearer_to_dense(name, tmp_path)
     assert all(fit.error_after <= fit.error_before for fit in report.layers.values())
     assert report.output_after < report.output_before
     assert (report.samples, report.held_out, report.steps) == (4, 1, 3)
+    tokens = {"dit": 64, "sd": 256, "flux": 64, "wan": 32}[name]  # of the largest layer; no text among them
+    assert report.tokens == 4 * 3 * 2 * tokens  # samples, steps, heads
     kept = any(fit.proj_s is not None for fit in report.layers.values())
     assert kept == any(layer.state.proj_s_weight is not None for layer in sla_layers(pipe).values())
     assert json.loads(report.to_json())["output_after"] == report.output_after
@@ -101,6 +103,20 @@ def test_what_is_fitted_is_the_dense_attention_of_every_step_and_head():
         again = pipe(class_labels=[0], num_inference_steps=2, guidance_scale=1.0, output_type="np",
                      generator=torch.Generator().manual_seed(0)).images  # fmt: skip
     assert (dense == again).all()
+
+
+def test_every_fourth_sample_is_held_out(monkeypatch):
+    seen = []
+    real = calibration.fit_layer
+
+    def watched(fitted, held_out):
+        seen.append((fitted.rows, held_out.rows))
+        return real(fitted, held_out)
+
+    monkeypatch.setattr(calibration, "fit_layer", watched)
+    made = [Request(class_label="cat", steps=steps, guidance_scale=1.0) for steps in (1, 2, 3, 7, 1)]
+    assert calibrate(make_pipeline("dit"), made, CONFIG).held_out == 1
+    assert seen == [((1 + 2 + 3 + 1) * 128, 7 * 128)] * 2
 
 
 def test_layers_that_run_dense_are_left_alone_and_named():

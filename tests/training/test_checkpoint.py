@@ -259,6 +259,7 @@ def test_two_processes_save_and_resume_bit_for_bit(two_processes, kind, sharded)
     for run in (*ranks[0], *ranks[1]):
         assert (run["processes"], run["sharded"]) == (2, sharded)
         assert all(run["calls"])
+        assert run["replayed"]
         assert run["state"] == through["state"]
     assert any(through["state"]["transformer.blocks.0.attn1.proj_l.bias"])
     model, _ = make("wan")

@@ -22,7 +22,7 @@ from diffusers_sla import (
 )
 from diffusers_sla.cli import main
 from diffusers_sla.state import read_state
-from diffusers_sla.training import checkpoint
+from diffusers_sla.training import checkpoint, prepare
 from diffusers_sla.training import finetune as loop
 from diffusers_sla.training.finetune import finetune
 from diffusers_sla.training.settings import FinetuneSettings
@@ -78,7 +78,8 @@ def test_what_it_writes_is_what_anyone_can_load(settings, name, train, values):
         model = type(getattr(pipe, component)).from_pretrained(out, subfolder=component)
         setattr(pipe, component, model)
         assert any(not torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-        assert model.state_dict().keys() == before.keys()  # nothing of SLA's among them
+        stored = load_file(out / component / "diffusion_pytorch_model.safetensors")
+        assert stored.keys() == before.keys()  # nothing of SLA's among them
     elif train == "lora":
         pipe.load_lora_weights(out)
         lora = {key: tensor for key, tensor in getattr(pipe, component).state_dict().items() if "lora_B" in key}
@@ -124,6 +125,31 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(settings, name, value
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     checkpoint = tensors(through.folder / "checkpoint-3")
     assert any(not torch.equal(checkpoint[key], ours[key]) for key in checkpoint)
+
+
+@pytest.mark.parametrize("train", ["projection", "lora", "full"])
+def test_half_precision_leaves_what_is_trained_in_float32(settings, train):
+    out = finetune(settings("flux", train=train, mixed_precision="bf16", gradient_checkpointing=True)).folder
+    assert {tensor.dtype for tensor in tensors(out).values()} == {torch.float32}
+
+
+def test_micro_steps_are_counted_over_the_whole_run(settings, monkeypatch):
+    real = prepare.batches
+    asked = []
+
+    def batches(*args):
+        made = real(*args)
+
+        def batch(micro_step):
+            asked.append(micro_step)
+            return made(micro_step)
+
+        return batch
+
+    monkeypatch.setattr(prepare, "batches", batches)
+    finetune(settings(gradient_accumulation_steps=2))
+    finetune(settings(gradient_accumulation_steps=2, max_train_steps=3, resume="latest"))
+    assert asked == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_average_becomes_the_result_and_the_checkpoint_goes_on(settings):
