@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import math
 import os
@@ -214,6 +215,7 @@ def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 1
 
     Raises:
         SLAConfigError: The file's suffix does not suit what there is to write.
+        SLAUnsupportedError: What writes .mp4 is not installed.
     """
     path = Path(path)
     if len(frames) == 1:
@@ -224,6 +226,10 @@ def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 1
     if len(frames) == 1:
         frames[0].save(path)
     elif path.suffix.lower() == ".mp4":
+        if importlib.util.find_spec("imageio") is None or importlib.util.find_spec("imageio_ffmpeg") is None:
+            raise SLAUnsupportedError(
+                "writing .mp4 needs imageio and imageio-ffmpeg; .gif and .webp need nothing more"
+            )
         from diffusers.utils import export_to_video
 
         export_to_video(frames, str(path), fps=fps)

@@ -54,16 +54,18 @@ def build(served: Served) -> None:
             machine = gr.Dropdown(machines, value=machines[0], label="Machine")
             which = gr.Radio(sorted(table["pass"].unique(), reverse=True), value="forward", label="Pass")
         with gr.Row():
-            by_length = gr.LinePlot(
-                _chosen(table, machines[0], "forward"), x="tokens", y="times faster", color="curve", height=300,
-                title="Against the sequence length", y_title="times faster than the best dense attention",
-                tooltip="all", colors_in_legend=None,
-            )  # fmt: skip
-            by_topk = gr.LinePlot(
-                _by_topk(table, machines[0], "forward"), x="topk", y="times faster", color="length", height=300,
-                title="Against the share of blocks kept", y_title="times faster than the best dense attention",
-                tooltip="all",
-            )  # fmt: skip
+            with gr.Column(min_width=280):
+                gr.Markdown("#### Times faster than dense, against the sequence length")
+                by_length = gr.LinePlot(
+                    _chosen(table, machines[0], "forward"), x="tokens", y="times faster", color="curve", height=300,
+                    tooltip="all",
+                )  # fmt: skip
+            with gr.Column(min_width=280):
+                gr.Markdown("#### Times faster than dense, against the share of blocks kept")
+                by_topk = gr.LinePlot(
+                    _by_topk(table, machines[0], "forward"), x="topk", y="times faster", color="length", height=300,
+                    tooltip="all",
+                )  # fmt: skip
         rows = gr.Dataframe(
             _chosen(table, machines[0], "forward").drop(columns=["curve", "machine"]), label="The records", wrap=True,
             interactive=False, max_height=300,

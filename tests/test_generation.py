@@ -1,5 +1,7 @@
+import importlib.util
 import inspect
 
+import imageio.v3
 import pytest
 import torch
 from PIL import Image
@@ -99,11 +101,15 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_pipeline(tmp_path / "missing")
 
 
-def test_frames_are_written_by_suffix(tmp_path):
+def test_frames_are_written_by_suffix(tmp_path, monkeypatch):
     frames = [Image.new("RGB", (16, 16), (80 * i, 0, 0)) for i in range(3)]
     assert Image.open(save_frames(frames[:1], tmp_path / "new" / "x.png")).size == (16, 16)
     video = Image.open(save_frames(frames, tmp_path / "x.gif", fps=10))
     assert (video.n_frames, video.info["duration"]) == (3, 100)
+    assert imageio.v3.improps(save_frames(frames, tmp_path / "x.mp4"), plugin="FFMPEG").shape[1:] == (16, 16, 3)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SLAUnsupportedError, match="needs imageio and imageio-ffmpeg"):
+        save_frames(frames, tmp_path / "y.mp4")
     with pytest.raises(SLAConfigError, match=r"a video is written as .*, got 'x\.png'"):
         save_frames(frames, tmp_path / "x.png")
     with pytest.raises(SLAConfigError, match=r"an image is written as .*, got 'x\.txt'"):

@@ -1,6 +1,7 @@
 """`diffusers-sla demo`: one image, dense and with SLA, and what SLA did."""
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -18,12 +19,15 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
 @click.command("demo")
 @click.option("--model", metavar="PATH_OR_REPO", help="A pipeline. Default: the sample in the project's repository.")
 @click.option(
-    "--topk", type=float, multiple=True, default=(0.2, 0.1), show_default=True,
+    "--topk", type=float, multiple=True, default=(0.1, 0.05), show_default=True,
     help="Share of key blocks computed exactly; may be given several times.",
 )  # fmt: skip
 @click.option("--sla-config", "--sla_config", metavar="JSON", help="The other settings.")
 @click.option(
-    "--sla-weights", "--sla_weights", metavar="PATH_OR_REPO", help="Trained projections. Default: zero ones."
+    "--sla-weights",
+    "--sla_weights",
+    metavar="PATH_OR_REPO",
+    help="Trained projections. Default: the sample's calibrated ones, zero for others.",
 )
 @request_options
 @device_options
@@ -47,6 +51,7 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
         if not SAMPLE.is_dir():
             raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
         wanted = _sample_defaults(wanted)
+        sla_weights = sla_weights or SAMPLE.with_name("sample_state")
     base = SLAConfig.parse(sla_config).to_dict()
     variants = [
         Variant(name=f"SLA, topk {value:g}", config=SLAConfig.parse(base | {"topk": value}), state=sla_weights)
@@ -76,7 +81,8 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
     same = saved.frames == inside.frames
 
     title = f"{type(pipe).__name__}, seed {request.seed}, {steps} steps, {comparison.dtype} on {comparison.device}"
-    click.echo(f"\n{title}\n\n{comparison}\n")
+    trained = "zero" if sla_weights is None else f"from {os.path.relpath(sla_weights)}"
+    click.echo(f"\n{title}\nprojections: {trained}\n\n{comparison}\n")
     suffix = ".png" if len(saved.frames) == 1 else ".gif"
     for result in comparison.results:
         save_frames(result.frames, out / f"{result.name.lower().replace(', topk ', '-')}{suffix}")

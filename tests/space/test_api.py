@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from huggingface_hub import HfApi
@@ -13,7 +14,7 @@ from models import make
 from PIL import Image
 from pipelines import tiny_dit
 
-from diffusers_sla import SLAConfig, apply_sla, save_sla_weights
+from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights
 from diffusers_sla.generation import Request, generate
 
 DEFAULTS = {"subject": "cat", "topk": 0.25, "seed": 3, "steps": 2, "guidance": 1.0}
@@ -47,6 +48,9 @@ def test_inside_and_measure_answer(client):
     assert Image.open(block_map).size == (512, 512)
     assert "attends exactly to **4 of 16** key blocks" in words
     assert bars.count("<tr>") == 2
+    here = benchmark.machine(torch.device("cpu"))["cpu"]
+    table = client.predict(here, "forward", api_name="/speed")[2]
+    assert sorted({row[0] for row in table["data"]}) == [256, 512, 1024]
     rows = client.predict(tokens=1024, topk=0.1, api_name="/measure")["data"]
     assert [row[0] for row in rows] == ["dense", "sla"]
 

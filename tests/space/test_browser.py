@@ -94,6 +94,7 @@ def test_every_tab_works(visit, look):
     assert fits(page)
 
     open_tab(page, "Speed")
+    page.get_by_text("against the sequence length").wait_for()
     page.get_by_label("number input for Tokens").fill("1024")
     page.get_by_role("button", name="Measure").click()
     page.get_by_text("sla", exact=True).first.wait_for()
