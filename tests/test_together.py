@@ -61,7 +61,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-@pytest.mark.parametrize("way", ["whole", "regional"])
+@pytest.mark.parametrize("way", [pytest.param("whole", marks=pytest.mark.slow), "regional"])
 def test_compiled_with_checkpointing_gives_the_same_gradients(name, way):
     torch._dynamo.reset()
     model, inputs = prepare(name)
@@ -75,10 +75,14 @@ def test_compiled_with_checkpointing_gives_the_same_gradients(name, way):
     assert_same_gradients(gradients_of(model, inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "unet", "qwen", "chroma", "hunyuan_video"])
-@pytest.mark.parametrize("way", ["whole", "regional"])
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [("whole", "flux"), ("whole", "wan")]
+    + [("regional", name) for name in ("flux", "wan", "unet", "qwen", "chroma", "hunyuan_video")]
+    + [pytest.param("whole", name, marks=pytest.mark.slow) for name in ("unet", "qwen", "chroma", "hunyuan_video")],
+)
 @torch.no_grad()
-def test_compiles_to_as_many_graphs_as_native(name, way):
+def test_compiles_to_as_many_graphs_as_native(way, name):
     counts = []
     for config in (None, SPARSE):
         torch._dynamo.reset()
@@ -99,6 +103,7 @@ def test_compiles_to_as_many_graphs_as_native(name, way):
     assert counts[0][0] == counts[0][1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inductor_computes_the_same():
     torch._dynamo.reset()
