@@ -61,7 +61,7 @@ class Denoising:
         if timesteps is None:
             return None
         if hasattr(scheduler, "step_index"):
-            begin = scheduler.begin_index or 0
+            begin = getattr(scheduler, "begin_index", None) or 0
             index = begin if scheduler.step_index is None else scheduler.step_index
             return index - begin, len(timesteps) - begin
         # Schedulers without a counter (DDIM, DDPM, PNDM): the timestep itself, one wait for the device.
