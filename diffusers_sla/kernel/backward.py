@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import listed_block, load_rows, masked_keys, place_in_block
+from .forward import listed_block, load_rows, masked_keys, num_listed_whole, place_in_block
 from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
@@ -75,7 +75,7 @@ def _sparse_bwd_dq_kernel(
     if KEEP_Q:
         listed = tl.where(is_kept, 0, topk)
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
-    rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP  # whole blocks, as in the forward
+    rest = num_listed_whole(list_base, listed, k_first, k_end, BLKK, BLOCK_N)
     num_whole = rest // PER_STEP * LAST
     chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
     for step in range(0, num_whole):
@@ -94,9 +94,9 @@ def _sparse_bwd_dq_kernel(
         front_end = tl.where(is_kept, Lk, k_first)
         back = tl.where(is_kept, Lk, k_end)
     num_front_steps = tl.cdiv(front_end, BLOCK_N)
-    num_steps = LAST
+    num_steps = tl.where(rest < listed, LAST, 0)
     if KEEP:
-        num_steps += num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
+        num_steps = LAST + num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
     for step in range(0, num_steps):
         keys, visible = masked_keys(
             step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n, BLKK, BLOCK_N, KEEP

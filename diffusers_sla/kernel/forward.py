@@ -34,6 +34,16 @@ def place_in_block(step, n, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def num_listed_whole(list_base, listed, k_first, k_end, BLKK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many of the listed blocks the loop without masks can take: steps of whole blocks. The list ascends, so only
+    its last block may be ragged."""
+    PER_STEP: tl.constexpr = BLOCK_N // BLKK if BLOCK_N > BLKK else 1
+    last = tl.load(list_base + listed - 1, mask=listed > 0, other=0)
+    ragged = (k_first + (last + 1) * BLKK > k_end).to(tl.int32)
+    return tl.maximum(listed - ragged, 0) // PER_STEP * PER_STEP
+
+
+@triton.jit
 def load_rows(
     base, first, inner, stride, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, BLKK: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -146,8 +156,7 @@ def _sparse_fwd_kernel(
     if KEEP_Q:
         listed = tl.where(is_kept, 0, topk)
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
-    # Every listed block but the last is whole: the list ascends. So this loop needs no mask.
-    rest = tl.maximum(listed - 1, 0) // PER_STEP * PER_STEP
+    rest = num_listed_whole(list_base, listed, k_first, k_end, BLKK, BLOCK_N)
     num_whole = rest // PER_STEP * LAST
     chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
     for step in range(0, num_whole):
@@ -166,9 +175,9 @@ def _sparse_fwd_kernel(
         front_end = tl.where(is_kept, Lk, k_first)
         back = tl.where(is_kept, Lk, k_end)
     num_front_steps = tl.cdiv(front_end, BLOCK_N)
-    num_steps = LAST
+    num_steps = tl.where(rest < listed, LAST, 0)
     if KEEP:
-        num_steps += num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
+        num_steps = LAST + num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
     for step in range(0, num_steps):
         keys, visible = masked_keys(
             step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n, BLKK, BLOCK_N, KEEP
