@@ -3,6 +3,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -162,3 +164,45 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         write_state(make_state(), path)
     assert_same(read_state(path), state)
     assert os.listdir(tmp_path) == ["sla_attention.pt"]
+
+
+@pytest.mark.parametrize("name", ["sla_attention.pt", "sla_attention.safetensors"])
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path, name):
+    state = make_state()
+    write_state(state, tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    values = state.layers["transformer.blocks.0.attn1"]["proj_l.weight"].numpy().tobytes()
+    at = data.find(values)
+    assert at > 0
+    (tmp_path / name).write_bytes(data[: at + 5] + bytes([data[at + 5] ^ 1]) + data[at + 6 :])
+    with pytest.raises(SLAStateFormatError, match="its contents are not what was saved"):
+        read_state(tmp_path)
+
+
+def test_equal_states_are_equal_bytes_and_have_one_digest(tmp_path):
+    state = make_state()
+    for name in ("a.pt", "b.pt", "a.safetensors", "b.safetensors"):
+        write_state(state, tmp_path / name)
+    for suffix in ("pt", "safetensors"):
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    code = "import sys; from diffusers_sla.state import *; write_state(read_state(sys.argv[1]), sys.argv[2])"
+    paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "c.safetensors")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert read_state(tmp_path / "a.pt").digest() == read_state(tmp_path / "a.safetensors").digest() == state.digest()
+    state.settings["topk"] = 0.2
+    assert read_state(tmp_path / "a.pt").digest() != state.digest()
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    state = make_state()
+    state.layers["transformer.blocks.0.attn1"]["proj_l.bias"][0] = torch.nan
+    with pytest.raises(SLAStateFormatError, match="holds NaN"):
+        write_state(state, tmp_path / "a.pt")
+    state = make_state()
+    state.meta["path"] = tmp_path
+    with pytest.raises(SLAStateFormatError, match="'meta' holds a PosixPath, not a plain value"):
+        write_state(state, tmp_path / "a.pt")
+    with pytest.raises(SLAStateError, match="this state has no settings"):
+        write_state(SLAState(None, {}), tmp_path / "a.pt")
+    assert os.listdir(tmp_path) == []
