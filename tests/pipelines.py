@@ -3,14 +3,26 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    LTXPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
 )
@@ -19,6 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -44,11 +57,11 @@ def vae(channels=4):
     ).eval()  # fmt: skip
 
 
-def clip(hidden):
+def clip(hidden, kind=CLIPTextModel):
     torch.manual_seed(0)
-    return CLIPTextModel(
+    return kind(
         CLIPTextConfig(
-            vocab_size=16, hidden_size=hidden, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=16, hidden_size=hidden, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=0, projection_dim=hidden,
         )
     ).eval()  # fmt: skip
@@ -90,11 +103,76 @@ def wan():
     return WanPipeline(tokenizer(12), t5(UMT5EncoderModel, UMT5Config, 16), model.eval(), scheduler, make("wan")[0])
 
 
-PIPELINES = {"dit": dit, "sd": sd, "flux": flux, "wan": wan}
+def sdxl():
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
+        layers_per_block=1, sample_size=16, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+    )  # fmt: skip
+    second = clip(8, CLIPTextModelWithProjection)
+    return StableDiffusionXLPipeline(
+        vae(), clip(8), second, tokenizer(16), tokenizer(16), unet, EulerDiscreteScheduler()
+    )
+
+
+def sd3():
+    encoders = {}
+    for suffix in ("", "_2"):
+        encoders[f"text_encoder{suffix}"] = clip(8, CLIPTextModelWithProjection)
+        encoders[f"tokenizer{suffix}"] = tokenizer(16)
+    return StableDiffusion3Pipeline(
+        transformer=make("sd3")[0], scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae(),
+        text_encoder_3=t5(T5EncoderModel, T5Config, 32), tokenizer_3=tokenizer(16), **encoders,
+    )  # fmt: skip
+
+
+def pixart():
+    transformer = PixArtTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, sample_size=32,
+        patch_size=4, cross_attention_dim=16, caption_channels=8, norm_num_groups=1, use_additional_conditions=False,
+    )  # fmt: skip
+    return PixArtAlphaPipeline(
+        tokenizer(8), t5(T5EncoderModel, T5Config, 8), vae(), transformer, DPMSolverMultistepScheduler()
+    )
+
+
+def ltx():
+    model = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=1,
+        spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return LTXPipeline(scheduler, model.eval(), t5(T5EncoderModel, T5Config, 8), tokenizer(8), make("ltx")[0])
+
+
+def cogvideox():
+    model = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4, latent_channels=4, layers_per_block=1, norm_num_groups=2,
+    )  # fmt: skip
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
+        text_embed_dim=8, num_layers=1, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=226,
+    )  # fmt: skip
+    scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction")
+    return CogVideoXPipeline(
+        tokenizer(226), t5(T5EncoderModel, T5Config, 8), model.eval(), transformer.eval(), scheduler
+    )
+
+
+PIPELINES = {
+    "dit": dit, "sd": sd, "flux": flux, "wan": wan, "sdxl": sdxl, "sd3": sd3, "pixart": pixart, "ltx": ltx,
+    "cogvideox": cogvideox,
+}  # fmt: skip
 # What makes each small: pixels, and frames for a video.
 SIZES = {
     "dit": {}, "sd": {"height": 32, "width": 32}, "flux": {"height": 32, "width": 32},
-    "wan": {"height": 64, "width": 64, "num_frames": 5},
+    "wan": {"height": 64, "width": 64, "num_frames": 5}, "sdxl": {"height": 32, "width": 32},
+    "sd3": {"height": 32, "width": 32}, "pixart": {"height": 64, "width": 64},
+    "ltx": {"height": 32, "width": 32, "num_frames": 5}, "cogvideox": {"height": 64, "width": 64, "num_frames": 5},
 }  # fmt: skip
 
 

@@ -98,11 +98,10 @@ class Conditions:
             if name in arguments:
                 value = arguments[name]
                 arguments[name] = (value if isinstance(value, list) else [value]) * count
-        # Classifier-free guidance would double the batch.
+        # Guidance would double the batch; binning would move to another size than the data's.
+        plain = {"guidance_scale": 1.0, "use_resolution_binning": False, "num_inference_steps": 2}
         accepted = inspect.signature(type(self.pipe).__call__).parameters
-        arguments |= {name: value for name, value in (("guidance_scale", 1.0),) if name in accepted} | {
-            "num_inference_steps": 2
-        }
+        arguments |= {name: value for name, value in plain.items() if name in accepted}
         if self.request.guidance_scale is not None and getattr(self.model.config, "guidance_embeds", False):
             arguments["guidance_scale"] = self.request.guidance_scale  # an input of the model, not of the sampler
         seen: dict[str, Any] = {}

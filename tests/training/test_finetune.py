@@ -34,7 +34,7 @@ CONFIG = SLAConfig(topk=0.25, blkq=16, blkk=16)
 def settings(tmp_path, saved_pipeline, photos, videos):
     def make(name="dit", out="out", **values):
         sizes = {"guidance_scale": 1.0, **SIZES[name]}
-        data = videos if name == "wan" else photos
+        data = videos if "num_frames" in SIZES[name] else photos
         values = {"data": data, "caption_column": "label" if name == "dit" else "text"} | sizes | values
         if values.get("attention_mechanism") != "diffusers":
             values.setdefault("sla_config", CONFIG)
@@ -125,6 +125,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(settings, name, value
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     checkpoint = tensors(through.folder / "checkpoint-3")
     assert any(not torch.equal(checkpoint[key], ours[key]) for key in checkpoint)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart", "ltx", "cogvideox"])
+def test_other_pipelines_need_no_code_of_their_own(settings, name):
+    for values in ({"train_batch_size": 2}, {"objective": "distill", "data": None, "prompts": ("a red cat",)}):
+        out = finetune(settings(name, train="projection", max_train_steps=1, **values)).folder
+        assert all(tensor.any() for layer in read_state(out).layers.values() for tensor in layer.values())
 
 
 @pytest.mark.parametrize("train", ["projection", "lora", "full"])
