@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import Tensor, nn
 
 from .config import SLAConfig
@@ -142,6 +143,11 @@ def apply_sla(
                 processors.append((attn, native))
                 continue
             device = next(attn.parameters()).device
+            if device.type == "meta" and any(hasattr(module, "_hf_hook") for module in attn.modules()):
+                raise SLAUnsupportedError(
+                    f"{component}.{path} is offloaded one layer at a time; call apply_sla before "
+                    "enable_sequential_cpu_offload, so that the projections are moved along"
+                )
             new = bind(native, head_dim, config, family, denoising, strict=strict, device=device)
             if isinstance(old, BoundSLAAttnProcessor):
                 keep_weights(old, new)
@@ -152,6 +158,7 @@ def apply_sla(
         for attn, new in processors:
             set_processor(attn, new)
         install(model, denoising)
+        _maybe_remove_and_reapply_group_offloading(model)  # its hooks learn of the projections
     return model_or_pipe
 
 

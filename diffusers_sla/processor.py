@@ -288,6 +288,8 @@ class BoundSLAAttnProcessor(SLAAttnProcessor, nn.Module):
                 text = max(0, Lq - self.denoising.image.shape[0])  # a layer may see a part of the image only
             elif context is not None:
                 text = context.shape[1] * ranks
+            elif family.image_tokens is not None:
+                return (0, 0), (0, 0), "the layer was called without its model, which counts the text"
         if text >= Lq:
             return (0, 0), (0, 0), "there are only text tokens"
         keep = (text, 0) if side == "first" else (0, text)

@@ -199,6 +199,17 @@ def test_masks_of_numbers_hide_the_same_keys(name):
 
 
 @torch.no_grad()
+def test_a_layer_on_its_own_does_not_guess_where_the_text_is():
+    model, inputs = make("flux")
+    apply_sla(model, SPARSE, strict=True)
+    attn, x = model.single_transformer_blocks[0].attn, torch.randn(1, 73, 32)
+    with pytest.raises(SLAUnsupportedError, match="called without its model, which counts the text"):
+        attn(x)
+    output(model, inputs)
+    attn(x)
+
+
+@torch.no_grad()
 def test_a_product_of_segments_hides_the_padding_from_the_image():
     model, inputs = make("ideogram4")
     inputs["segment_ids"][1, :3] = -1  # text is padded on the left

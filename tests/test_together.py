@@ -11,7 +11,7 @@ from models import make, output
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffusers_sla import SLAConfig, apply_sla, sla_layers, sla_parameters, sla_report
+from diffusers_sla import SLAConfig, SLAUnsupportedError, apply_sla, sla_layers, sla_parameters, sla_report
 
 SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
 EXACT = SLAConfig(topk=1.0, blkq=16, blkk=16)
@@ -129,6 +129,26 @@ def test_offloading_moves_the_projections_with_their_layers(offload):
         model.enable_group_offload(onload_device=cpu, offload_device=cpu, **kind)
     for _ in range(2):
         assert torch.equal(output(model, inputs), expected)
+
+
+@torch.no_grad()
+def test_sla_on_a_model_that_is_offloaded_already():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = prepare("wan")
+    expected, state = output(model, inputs), projections(model)
+    cpu = torch.device("cpu")
+    model, _ = make("wan")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    apply_sla(model, SPARSE)
+    for parameter, value in zip(sla_parameters(model), state, strict=True):
+        parameter.copy_(value)
+    assert torch.equal(output(model, inputs), expected)
+    assert all(hasattr(layer.state, "_diffusers_hook") for layer in sla_layers(model).values())
+    model, _ = make("wan")
+    accelerate.cpu_offload(model, execution_device=cpu)
+    with pytest.raises(SLAUnsupportedError, match="call apply_sla before enable_sequential_cpu_offload"):
+        apply_sla(model, SPARSE)
+    assert not sla_layers(model)
 
 
 @torch.no_grad()
@@ -289,6 +309,21 @@ def test_an_ip_adapter_on_sla_layers_of_flux():
     )
     assert_same_projections(model, before)
     torch.testing.assert_close(output(model, inputs), expected)
+
+
+@torch.no_grad()
+def test_an_ip_adapter_on_sla_layers_of_sd3():
+    from diffusers.models.attention_processor import JointAttnProcessor2_0, SD3IPAdapterJointAttnProcessor2_0
+
+    model, inputs = prepare("sd3")
+    expected, before = output(model, inputs), projections(model)
+    adapters = {key: SD3IPAdapterJointAttnProcessor2_0(16, 8, 8, 16) for key in model.attn_processors}
+    model.set_attn_processor(dict(adapters))
+    assert_same_projections(model, before)
+    torch.testing.assert_close(output(model, inputs), expected)  # without an image prompt
+    assert {layer.calls_sla for layer in sla_layers(model).values()} == {1}
+    model.set_attn_processor({key: JointAttnProcessor2_0() for key in adapters})
+    assert_same_projections(model, before)
 
 
 @pytest.mark.parametrize(
