@@ -62,6 +62,12 @@ def test_every_unit_has_its_level():
     assert sum(len(level) for level in LEVELS) == len(known)
 
 
+def test_the_documentation_shows_every_unit():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    missing = {unit for unit in map(unit_of, FILES) if f"`{unit}`" not in text and f"`{unit}/`" not in text}
+    assert missing <= {"__main__"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path):
     own = next(i for i, level in enumerate(LEVELS) if unit_of(path) in level)
