@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ def compare(
     Args:
         pipe: A diffusers pipeline without SLA; it is left so.
         variants: What to compare with dense.
-        warm_up: Run one step of each, not measured, before it is timed: allocation, kernel compilation.
+        warm_up: Run a step of each, not measured, before it is timed: allocation, kernel compilation.
         on_progress: Called with (name, steps done, steps in all) after each step. What it raises ends the comparison.
 
     Raises:
@@ -196,7 +196,8 @@ def _result(name, config, pipe, generation, clock, dense_clock) -> Result:
 
 def _timed(pipe, request, name, warm_up, on_progress):
     if warm_up:
-        generate(pipe, _with_steps(request, 1))
+        config = next(iter(sla_layers(pipe).values())).config
+        generate(pipe, replace(request, steps=_steps_to_warm_up(config)))
         for layer in sla_layers(pipe).values():  # count what is measured, and nothing else
             layer.calls_sla = 0
             layer.calls_dense.clear()
@@ -207,8 +208,12 @@ def _timed(pipe, request, name, warm_up, on_progress):
     return generation, clock
 
 
-def _with_steps(request: Request, steps: int) -> Request:
-    return Request(**(asdict(request) | {"steps": steps}))
+def _steps_to_warm_up(config: SLAConfig) -> int:
+    """The fewest steps of which one runs SLA."""
+    steps = 1
+    while {step if step >= 0 else steps + step for step in config.dense_steps} >= set(range(steps)):
+        steps += 1
+    return steps
 
 
 def psnr(expected: list[Image.Image], actual: list[Image.Image]) -> float:

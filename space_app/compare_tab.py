@@ -47,9 +47,10 @@ def build(served: Served, loaded: gr.State) -> None:
 
     @on_gpu(seconds)
     def on_run(
-        subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, with_untrained, repository
+        subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps,
+        with_untrained, repository
     ):  # fmt: skip
-        fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip)
+        fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps)
         request, config = answered(lambda: request_form.values(served, *fields))
         variants = _variants(config, repository or served.trained(), with_untrained)
 
@@ -72,7 +73,7 @@ def build(served: Served, loaded: gr.State) -> None:
         """The example's comparison with the page's own settings; Gradio keeps it for the next visitor."""
         model = served.model
         request, config = request_form.values(
-            served, subject, model.topk, seed, model.steps, model.guidance_scale, 64, 64, "softmax", "all", 0.0
+            served, subject, model.topk, seed, model.steps, model.guidance_scale, 64, 64, "softmax", "all", 0.0, 2
         )
         with served.lock:
             comparison = compare(served.pipe, request, _variants(config, served.trained(), False))
@@ -90,7 +91,9 @@ def build(served: Served, loaded: gr.State) -> None:
     )  # fmt: skip
     if served.is_video:
         running.then(None, None, None, js=BOTH_AT_ONCE)
-    stop.click(lambda: "<p class='hint'>Stopped.</p>", None, cards, cancels=[running], api_visibility="private")
+    stop.click(None, None, None, cancels=[running], api_visibility="private").then(
+        lambda: "<p class='hint'>Stopped.</p>", None, cards, api_visibility="private"
+    )
     running.failure(lambda: _waiting(served), None, cards, api_visibility="private")
     show.input(
         lambda kept, pair: _pair(served, kept, pair) if served.is_video else _pair(served, kept, pair)[0],

@@ -20,7 +20,7 @@ def build(served: Served, loaded: gr.State) -> None:
         with gr.Column(scale=2, min_width=280):
             form = request_form.build(served)
             at = gr.Slider(
-                1, served.model.max_steps, (served.model.steps + 1) // 2, step=1, label="Step to look at",
+                1, served.model.max_steps, max(3, (served.model.steps + 1) // 2), step=1, label="Step to look at",
                 info="From noise (1) to the finished image.",
             )  # fmt: skip
             with gr.Row():
@@ -63,10 +63,15 @@ def build(served: Served, loaded: gr.State) -> None:
 
     @on_gpu(lambda *inputs: 30 + 6 * int(inputs[3]) * (3 if served.is_video else 1))
     def on_run(
-        subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, step, repository
+        subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps,
+        step, repository
     ):  # fmt: skip
-        fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip)
+        fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps)
         request, config = answered(lambda: request_form.values(served, *fields))
+        if step <= dense_steps:
+            raise gr.Error(
+                f"The first {dense_steps} steps run dense here: look at a later one.", print_exception=False
+            )
         state = repository or served.trained()
 
         def work(on_progress):
@@ -95,7 +100,9 @@ def build(served: Served, loaded: gr.State) -> None:
         on_run, [*form.inputs, at, loaded], outputs, api_name="inside", concurrency_id="model", concurrency_limit=1,
         show_progress="hidden",
     )  # fmt: skip
-    stop.click(lambda: "<p class='hint'>Stopped.</p>", None, status, cancels=[running], api_visibility="private")
+    stop.click(None, None, None, cancels=[running], api_visibility="private").then(
+        lambda: "<p class='hint'>Stopped.</p>", None, status, api_visibility="private"
+    )
     running.failure(lambda: "", None, status, api_visibility="private")
     for component in (layer, head, block):
         component.input(_redraw, [kept, layer, head, block], views, api_visibility="private", show_progress="hidden")

@@ -47,11 +47,14 @@ def build(served: Served) -> Form:
         linear = gr.Dropdown(
             list(LINEAR_MODES), value="all", label="Linear branch", info="Over all blocks, the marginal ones, or none."
         )
+        dense = gr.Slider(
+            0, 10, 2, step=1, label="First steps kept dense", info="The layout of the picture is decided there."
+        )
         skip = gr.Slider(0.0, 0.95, 0.0, step=0.05, label="Blocks left out altogether (skip)")
-    return Form([subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip])
+    return Form([subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense])
 
 
-def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip):
+def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps):
     """(Request, SLAConfig) of what the form holds.
 
     Raises:
@@ -68,6 +71,7 @@ def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, fea
         num_frames=model.num_frames,
     )  # fmt: skip
     config = SLAConfig(
-        topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip
+        topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip,
+        dense_steps=list(range(int(dense_steps))),
     )  # fmt: skip
     return request, config

@@ -8,7 +8,7 @@ from PIL import Image
 from pipelines import tiny_dit
 
 from diffusers_sla import SLAConfig, SLAError, apply_sla, sla_layers
-from diffusers_sla.compare import Variant, compare, psnr, ssim
+from diffusers_sla.compare import Variant, _steps_to_warm_up, compare, psnr, ssim
 from diffusers_sla.flops import dense_flops, sla_flops
 from diffusers_sla.generation import Request, generate
 from diffusers_sla.weights import sla_state
@@ -96,6 +96,18 @@ def test_calls_that_ran_dense_are_in_the_table():
     result = compare(pipe, REQUEST, [Variant(name="tenth", config=SPARSE)], warm_up=False).results[1]
     assert list(result.dense_calls.values()) == [3]
     assert result.exact_share == pytest.approx((6 / 64 + 1) / 2)
+
+
+@pytest.mark.parametrize(("dense_steps", "expected"), [([], 1), ([0, 1], 3), ([-1], 2), ([0, -1], 3), ([5], 1)])
+def test_the_warm_up_is_long_enough_to_reach_sla(dense_steps, expected):
+    assert _steps_to_warm_up(SLAConfig(dense_steps=dense_steps)) == expected
+
+
+def test_steps_that_stay_dense_are_counted_and_named():
+    config = SLAConfig(topk=0.1, blkq=16, blkk=16, dense_steps=[0])
+    result = compare(tiny_dit(), REQUEST, [Variant(name="later", config=config)]).results[1]
+    assert result.dense_calls == {"dense_steps": 2}
+    assert result.exact_share == pytest.approx((2 * 6 / 64 + 1) / 3)
 
 
 def test_layers_that_stay_native_count_as_in_the_dense_run():

@@ -22,7 +22,12 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
     "--topk", type=float, multiple=True, default=(0.1, 0.05), show_default=True,
     help="Share of key blocks computed exactly; may be given several times.",
 )  # fmt: skip
-@click.option("--sla-config", "--sla_config", metavar="JSON", help="The other settings.")
+@click.option(
+    "--sla-config",
+    "--sla_config",
+    metavar="JSON",
+    help="Other settings. Default: the sample's first two steps run dense.",
+)
 @click.option(
     "--sla-weights",
     "--sla_weights",
@@ -52,6 +57,7 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
             raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
         wanted = _sample_defaults(wanted)
         sla_weights = sla_weights or SAMPLE.with_name("sample_state")
+        sla_config = sla_config or {"dense_steps": [0, 1]}  # where the layout of the image is decided
     base = SLAConfig.parse(sla_config).to_dict()
     variants = [
         Variant(name=f"SLA, topk {value:g}", config=SLAConfig.parse(base | {"topk": value}), state=sla_weights)

@@ -59,7 +59,7 @@ def test_another_image_is_an_error(tmp_path, monkeypatch):
     )
     assert result.exit_code == 1
     assert "DIFFERENT" in result.stdout
-    assert "is not the one of 'SLA, topk 0.2'" in result.stderr
+    assert "is not the one of 'SLA, topk 0.1'" in result.stderr
 
 
 def test_without_the_sample_a_model_is_asked_for(monkeypatch):

@@ -39,7 +39,7 @@ if __name__ == "__main__":
     save_sla_weights(pipe, folder / "state")
     serving.MODELS["sample"] = replace(
         serving.MODELS["sample"], title="a tiny pipeline", source=str(folder / "model"), state=str(folder / "state"),
-        subjects=("cat", "dog"), steps=3,
+        subjects=("cat", "dog"), steps=4,
     )  # fmt: skip
     records(folder / "benchmarks" / "tiny.json")
     speed_tab.HERE = folder

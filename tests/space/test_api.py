@@ -17,7 +17,7 @@ from pipelines import tiny_dit
 from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights
 from diffusers_sla.generation import Request, generate
 
-DEFAULTS = {"subject": "cat", "topk": 0.25, "seed": 3, "steps": 2, "guidance": 1.0}
+DEFAULTS = {"subject": "cat", "topk": 0.25, "seed": 3, "steps": 2, "guidance": 1.0, "dense_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_inside_and_measure_answer(client):
         ({"steps": 10_000}, "10000"),
         ({"guidance": 1e9}, "1000000000"),
         ({"blkq": 48}, "48"),
+        ({"dense_steps": 99}, "99"),
     ],
 )
 def test_inputs_out_of_range_get_a_sentence(client, wrong, message):
@@ -99,6 +100,11 @@ def repositories(tmp_path_factory):
         api.create_repo(f"alice/space-{path.name}")
         api.upload_folder(repo_id=f"alice/space-{path.name}", folder_path=path)
     api.update_repo_settings("alice/space-gated", gated="auto")
+
+
+def test_a_step_that_runs_dense_has_nothing_to_show(client):
+    with pytest.raises(AppError, match="The first 2 steps run dense here: look at a later one"):
+        client.predict(**DEFAULTS | {"dense_steps": 2}, step=1, api_name="/inside")
 
 
 def test_a_repository_that_fits_is_loaded_with_its_settings_and_used(client, repositories):
