@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cards import render
-from .errors import SLAHubError
+from .errors import SLAConfigError
 from .hub import Pushed, push_files
 
 BACKENDS = ("cuda", "rocm", "xpu", "cpu")
@@ -41,13 +41,13 @@ def export_kernel(
         kernel_version: A new one for each incompatible change; 0 for trials.
 
     Raises:
-        SLAHubError: An unknown backend, or a version below 0.
+        SLAConfigError: An unknown backend, or a version below 0.
     """
     unknown = [backend for backend in backends if backend not in BACKENDS]
     if unknown or not backends:
-        raise SLAHubError(f"backends must be some of {', '.join(BACKENDS)}, got {', '.join(unknown) or 'none'}")
+        raise SLAConfigError(f"backends must be some of {', '.join(BACKENDS)}, got {', '.join(unknown) or 'none'}")
     if kernel_version < 0:
-        raise SLAHubError(f"the kernel's version must be 0 or more, got {kernel_version}")
+        raise SLAConfigError(f"the kernel's version must be 0 or more, got {kernel_version}")
     out = Path(out)
     builds = []
     for backend in backends:

@@ -45,7 +45,7 @@ class Inspection:
             ("file", self.source),
             ("layout", self.layout),
             ("base model", self.meta.get("base_model", "not recorded")),
-            ("settings", ", ".join(f"{k}={v}" for k, v in (self.settings or {}).items()) or "none in the file"),
+            ("settings", _settings(self.settings)),
             ("layers", f"{len(self.tensors)}, head size {' and '.join(map(str, heads))}, {numbers:,} numbers"),
             ("digest", self.digest),
             ("sha256", self.sha256),
@@ -87,6 +87,12 @@ def inspect_state(
     else:
         path = find_state(source)
     return _local(path)
+
+
+def _settings(settings: dict[str, Any] | None) -> str:
+    if settings is None:
+        return "none in the file"
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value not in (None, [])) or "defaults"
 
 
 def _remote(remote: Remote, name: str) -> Inspection:

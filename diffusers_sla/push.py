@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .cards import Card, render_card
-from .errors import SLAHubError, SLAStateError, SLAStateFormatError, SLAStateMismatchError, SLAStateNotFoundError
+from .errors import (
+    SLAConfigError,
+    SLAHubError,
+    SLAStateError,
+    SLAStateFormatError,
+    SLAStateMismatchError,
+    SLAStateNotFoundError,
+)
 from .hub import Files, Pushed, push_files
 from .saved_models import component_configs, component_names, expected_layers
 from .state import PT_NAME, SAFETENSORS_NAME, SLAState, read_state, write_state
@@ -32,6 +39,7 @@ class PushPlan:
     readme: str | None = None  # the folder's own
     scratch: Any = field(default=None, repr=False)  # keeps the folder of generated files alive
     rendered: str = field(default="", repr=False)
+    unused_readme: bool = False  # the folder has a README.md, and the repository one that came before it
 
     def size(self, path: str) -> int:
         content = self.files[path]
@@ -39,6 +47,7 @@ class PushPlan:
 
     def render(self, remote: str | None = None) -> str:
         """The README.md: what the repository has, or what the folder has, with the card's section in it."""
+        self.unused_readme = remote is not None and self.readme is not None
         self.rendered = render_card(self.card, self.readme if remote is None else remote)
         return self.rendered
 
@@ -80,6 +89,7 @@ def push_sla_to_hub(
         token: As in huggingface_hub; by default that of `hf auth login` or HF_TOKEN.
 
     Raises:
+        SLAConfigError: `subfolder` is not a plain path.
         SLAStateError: The state is missing, damaged, or does not fit the weights beside it.
         SLAHubError: A pickle holds code, or the Hub refuses or cannot be reached; see `push_files`.
     """
@@ -124,7 +134,7 @@ def plan_push(
     """Find what to push and check it, offline. Arguments and errors as in `push_sla_to_hub`."""
     folder = Path(folder)
     if subfolder is not None and not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)*", subfolder):
-        raise SLAHubError(f"subfolder must be a path such as 'topk-0.05', got {subfolder!r}")
+        raise SLAConfigError(f"subfolder must be a path such as 'topk-0.05', got {subfolder!r}")
     if not folder.is_dir():
         raise SLAStateNotFoundError(f"there is no folder {str(folder)!r}")
     state = _checked_state(folder)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import diffusers_sla
-from diffusers_sla import SLAHubError, sla_attention
+from diffusers_sla import SLAConfigError, sla_attention
 from diffusers_sla.cli import main
 from diffusers_sla.export_kernel import BACKENDS, export_kernel
 
@@ -144,9 +144,9 @@ def test_the_metadata_is_what_the_loader_and_its_digests_say(tmp_path):
 
 
 def test_wrong_requests_are_refused(tmp_path):
-    with pytest.raises(SLAHubError, match="backends must be some of cuda, rocm, xpu, cpu, got metal"):
+    with pytest.raises(SLAConfigError, match="backends must be some of cuda, rocm, xpu, cpu, got metal"):
         export_kernel(tmp_path, backends=["cpu", "metal"])
-    with pytest.raises(SLAHubError, match="0 or more, got -1"):
+    with pytest.raises(SLAConfigError, match="0 or more, got -1"):
         export_kernel(tmp_path, kernel_version=-1)
     assert not list(tmp_path.iterdir())
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from diffusers_sla import (
     SLAConfig,
+    SLAConfigError,
     SLAHubError,
     SLAStateError,
     apply_sla,
@@ -155,7 +156,7 @@ def test_variants_have_folders_and_sections_of_their_own(hub, repo_id, folder):
     assert card.count("load_sla_weights(pipe") == 2
     assert f'load_sla_weights(pipe, "{repo_id}", subfolder="topk-0.05")' in card
     for bad in ("../up", "/root", "a//b", ".hidden", "a/../b"):
-        with pytest.raises(SLAHubError, match="subfolder must be a path"):
+        with pytest.raises(SLAConfigError, match="subfolder must be a path"):
             plan_push(folder, repo_id, subfolder=bad)
 
 
@@ -291,7 +292,7 @@ def test_a_readme_keeps_what_somebody_wrote(hub, repo_id, folder):
     other_state(folder)
     shutil.copy(folder / "sla_attention.pt", folder / "x.pt")
     write_state(read_state(folder / "x.pt"), folder / "sla_attention.safetensors")
-    push_sla_to_hub(folder, repo_id)
+    assert "that of the folder was not used" in run("push", folder, "--repo", repo_id).stderr
     after = text(hub, repo_id, "README.md")
     assert "Their text." in after
     assert after.rstrip().endswith("Below.")

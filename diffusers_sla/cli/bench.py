@@ -39,8 +39,9 @@ def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repea
     """Time attention: dense, SLA, and FlexAttention if asked for, in one process on random inputs.
 
     \b
-    diffusers-sla bench --device cpu --shape 1,4,8192,128 --topk 0.05 --pass forward
-    diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla_config '{"blkq": 128}' --json wan.json
+    Examples:
+      diffusers-sla bench --device cpu --shape 1,4,8192,128 --topk 0.05 --pass forward
+      diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla_config '{"blkq": 128}' --json wan.json
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -45,6 +45,11 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
 
     Writes the images, a picture of them beside block maps, comparison.json and sla_attention.pt; then loads that into
     a fresh pipeline and checks that it makes the same image.
+
+    \b
+    Examples:
+      diffusers-sla demo
+      diffusers-sla demo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --topk 0.1 --prompt "a cat on the grass"
     """
     from ..compare import Variant, compare
     from ..inside import look_inside

@@ -64,6 +64,8 @@ def command(
         pushed = push_plan(
             plan, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message, token=token
         )
+    if plan.unused_readme:
+        remark("the repository's README.md was kept; that of the folder was not used", quiet=quiet)
     if not plan.has_license:
         remark("the model card names no licence; --license ID does", quiet=quiet)
     url = pushed.pull_request or f"{pushed.url}/commit/{pushed.commit}"
