@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..apply import sla_disabled
-from ..generation import Request, generate
-from .calls import DenoiserCall, first, moved, record_calls
+from ..generation import Request
+from .calls import DenoiserCall, denoise, first, moved, record_calls
 from .conditions import Conditions
 from .data import Order, mix
 from .latents import pack
@@ -121,7 +121,7 @@ class RolloutBatches:
     def _rollout(self, number: int) -> list[DenoiserCall]:
         request = self.requests(number * self.order.processes + self.order.rank)
         with self.teacher.teaching(), record_calls(self.pipe, device="cpu") as calls:
-            generate(self.pipe, request)
+            denoise(self.pipe, request)
         calls = [call for call in calls if call.component == self.component]
         generator = torch.Generator().manual_seed(mix(self.order.seed, 3, number, self.order.rank))
         return [calls[i] for i in torch.randperm(len(calls), generator=generator).tolist()]

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..apply import apply_sla, denoisers, sla_layers, watch_attention
 from ..config import SLAConfig
 from ..errors import SLAConfigError, SLAUnsupportedError
-from ..generation import Request, generate
+from ..generation import Request
 from ..kernel import select_blocks, sla_attention
-from .calls import DenoiserCall, record_calls
+from .calls import DenoiserCall, denoise, record_calls
 from .fit import LayerFit, Moments, fit_layer, full_precision
 
 OnSample = Callable[[int, int], None]
@@ -124,7 +124,7 @@ def calibrate(
     calls: list[DenoiserCall] = []
     step = 0
 
-    def on_step(done, _):
+    def on_step(done):
         nonlocal step
         step = done
 
@@ -137,7 +137,7 @@ def calibrate(
             watcher.held_out = index in held_out
         wanted = (lambda: step in checked) if index in held_out else (lambda: False)  # noqa: B023
         with watch_attention(pipe, watchers), record_calls(pipe, wanted=wanted, device="cpu") as new:
-            generate(pipe, request, on_step=on_step)
+            denoise(pipe, request, on_step)
         calls += new
         if on_sample:
             on_sample(index + 1, len(requests))

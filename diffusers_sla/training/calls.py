@@ -1,6 +1,7 @@
 """The calls a pipeline makes of its denoiser: what calibration checks itself on, and distillation learns from."""
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..apply import denoisers
+from ..generation import Request, stepping
 
 
 @dataclass
@@ -50,6 +52,15 @@ def record_calls(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def denoise(pipe: Any, request: Request, on_step: Callable[[int], None] = lambda step: None) -> None:
+    """Run a pipeline for its denoising alone: nothing is decoded, where the pipeline can leave that out."""
+    arguments = request.arguments(pipe)
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        arguments["output_type"] = "latent"
+    with stepping(pipe, on_step):
+        pipe(**arguments, generator=torch.Generator("cpu").manual_seed(request.seed))
 
 
 def first(output: Any) -> Tensor:

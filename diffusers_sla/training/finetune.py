@@ -97,7 +97,9 @@ class _Run:
                 count, settings.train_batch_size, settings.seed, accelerator.process_index, accelerator.num_processes
             )
 
-        with accelerator.main_process_first(), tqdm(total=len(examples), desc="encode", disable=not main) as bar:
+        with accelerator.main_process_first(), accelerator.autocast(), tqdm(
+            total=len(examples), desc="encode", disable=not main
+        ) as bar:  # fmt: skip
             self.batch = prepare.batches(
                 self.pipe, self.component, settings, examples, order, teacher, accelerator.device, bar.update
             )
@@ -195,7 +197,8 @@ class _Run:
         micro_steps = settings.gradient_accumulation_steps
         total = torch.zeros((), device=accelerator.device)
         for i in range(micro_steps):
-            batch = self.batch((step - 1) * micro_steps + i)
+            with accelerator.autocast():  # the teacher's precision is the student's
+                batch = self.batch((step - 1) * micro_steps + i)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast(), sla_step(self.pipe, *NO_STEP):
                     loss = denoising_loss(first(self.model(*batch.args, **batch.kwargs)), batch.target)

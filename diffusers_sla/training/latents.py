@@ -13,13 +13,17 @@ from ..errors import SLAUnsupportedError
 def encode_pixels(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the scaled latents of pixels [B, 3, (F,) H, W] in [-1, 1], float32.
 
+    Computed in float32, as some VAEs overflow in half precision; the VAE's dtype is what it was afterwards.
     The scaling is what the VAE's config says: (x - mean) * scaling / std with its latents_mean and latents_std where
     it has them, (x - shift_factor) * scaling_factor elsewhere.
     """
     vae = pipe.vae
     if any(isinstance(module, nn.Conv3d) for module in vae.modules()) and pixels.dim() == 4:
         pixels = pixels[:, :, None]
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    dtype = vae.dtype
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.to(torch.float32).encode(pixels.to(vae.device, torch.float32)).latent_dist
+    vae.to(dtype)
     mean, deviation = posterior.mean.float(), posterior.std.float()
     scaling = getattr(vae.config, "scaling_factor", None) or 1.0
     shape = (1, -1, *([1] * (mean.dim() - 2)))
