@@ -91,7 +91,8 @@ def push_sla_to_hub(
     Raises:
         SLAConfigError: `subfolder` is not a plain path.
         SLAStateError: The state is missing, damaged, or does not fit the weights beside it.
-        SLAHubError: A pickle holds code, or the Hub refuses or cannot be reached; see `push_files`.
+        SLAHubError: A pickle holds code, a link leads out of the folder, or the Hub refuses or cannot be reached; see
+            `push_files`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if not isinstance(source, str | os.PathLike):
@@ -139,11 +140,14 @@ def plan_push(
         raise SLAStateNotFoundError(f"there is no folder {str(folder)!r}")
     state = _checked_state(folder)
     found, kind, component, model_class = _beside(folder)
+    _check_links(folder, found)
     lora = LORA_NAME if LORA_NAME in found else None
     for extra in map(Path, weights):
         if not extra.exists():
             raise SLAStateNotFoundError(f"there is no file or folder {str(extra)!r}, given as weights")
-        found |= _walk(extra, extra.name) if extra.is_dir() else {extra.name: extra}
+        named = _walk(extra, extra.name) if extra.is_dir() else {extra.name: extra.resolve()}
+        _check_links(extra, named)
+        found |= named
     _check_pickles(folder, found)
     if lora:
         _check_lora(found[lora], state)
@@ -226,6 +230,17 @@ def _walk(folder: Path, name: str) -> dict[str, Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
+
+
+def _check_links(folder: Path, found: dict[str, Path]) -> None:
+    """That nothing is pushed which a link reaches outside of the folder; the Hub's own cache is made of links."""
+    root = folder.resolve()
+    cached = root.parent.name == "snapshots"  # files of a repository, or shared by all of them
+    allowed = [root, *(root.parents[up] / "blobs" for up in (1, 2) if cached)]
+    for path in found.values():
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise SLAHubError(f"{path} is a link to {target}, outside of the folder")
 
 
 def _left_out(folder: Path, found: dict[str, Path]) -> list[str]:

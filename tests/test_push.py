@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from models import make, output
 from pipelines import make_pipeline, tiny_dit
 from safetensors.torch import save_file
@@ -218,6 +218,12 @@ def hidden_name(folder):
     (folder / "x.pkl").write_bytes(code)
 
 
+def link_outside(folder):
+    (folder.parent / "secret.json").write_text("{}")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").symlink_to(folder.parent / "secret.json")
+
+
 def version_1(folder):
     no_state(folder)
     tensors = {"proj_l.weight": torch.zeros(12, 12), "proj_l.bias": torch.zeros(12)}
@@ -245,6 +251,7 @@ def bad_config(folder):
         (pickled_code, r"deep/scheduler\.bin is a pickle that holds code \(posix\.mkdir\)"),
         (zipped_code, r"model\.pt is a pickle that holds code \(posix\.mkdir\)"),
         (hidden_name, r"x\.pkl is a pickle that holds code \(\?\.\?\)"),
+        (link_outside, r"transformer/config\.json is a link to .*secret\.json, outside of the folder"),
         (version_1, r"is a version 1 file, which says nothing of the layers"),
         (bad_readme, r"front matter of the README\.md that is there is not valid"),
         (bad_config, r"config\.json is not JSON"),
@@ -391,6 +398,7 @@ def test_a_pipeline_is_brought_back_by_two_lines(hub, transport, repo_id, tmp_pa
 
     again = DiffusionPipeline.from_pretrained(repo_id)
     load_sla_weights(again, repo_id)
+    plan_push(snapshot_download(repo_id), repo_id)  # a folder of links into the cache
     again.set_progress_bar_config(disable=True)
     assert (picture(again) == picture(pipe)).all()
 
