@@ -52,7 +52,8 @@ def install(pipe: Any, settings: FinetuneSettings) -> None:
     if settings.attention_mechanism == "diffusers":
         return
     if settings.sla_weights is not None:
-        load_sla_weights(pipe, settings.sla_weights, config=settings.sla_config, strict=True)
+        given = settings.sla_config
+        load_sla_weights(pipe, settings.sla_weights, config=given, override=given is not None, strict=True)
     else:
         apply_sla(pipe, settings.sla_config, strict=True)
 

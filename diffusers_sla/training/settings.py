@@ -27,7 +27,7 @@ class FinetuneSettings:
         prompts: Texts or classes that objective "distill" without data generates from.
         component: Which denoiser, where a pipeline has several.
         attention_mechanism: "sla", or "diffusers": the model's own attention, to compare with.
-        sla_config: Settings of SLA.
+        sla_config: Settings of SLA; None: those of `sla_weights`, or the defaults.
         sla_weights: A state file or folder to start the projections from, such as a calibration's.
         train: "projection": SLA's weights alone; "lora": a low-rank adapter too; "full": the whole denoiser.
         objective: "diffusion": what the pipeline's scheduler defines; "distill": the dense model's own output.

@@ -177,6 +177,9 @@ def test_projections_can_start_from_a_state_file(settings):
     second = finetune(
         settings(out="b", train="projection", sla_weights=str(first), projection_learning_rate=1e-12)
     ).folder
+    third = finetune(settings(out="c", sla_config=None, sla_weights=str(first), max_train_steps=1)).folder
+    fourth = finetune(settings(out="d", sla_config=SLAConfig(topk=0.5), sla_weights=str(first))).folder
+    assert [read_state(folder).settings["topk"] for folder in (third, fourth)] == [0.25, 0.5]
     ours, theirs = read_state(first).layers, read_state(second).layers
     for layer in ours:
         for name, tensor in ours[layer].items():
