@@ -111,8 +111,11 @@ class Comparison:
         return "\n".join(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the frames, as plain values."""
+        """Everything but the frames, as plain values that JSON has; an infinite psnr is the text "identical"."""
         results = [{key: value for key, value in asdict(r).items() if key != "frames"} for r in self.results]
+        for result in results:
+            if result["psnr"] == float("inf"):
+                result["psnr"] = "identical"
         return {
             "device": self.device, "dtype": self.dtype, "torch": self.torch_version, "steps": self.steps,
             "results": results,

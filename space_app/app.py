@@ -14,6 +14,7 @@ import serving
 import speed_tab
 
 from diffusers_sla.compare import device_name
+from diffusers_sla.errors import SLAError
 
 CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 8px; margin: 8px 0; }
@@ -76,8 +77,21 @@ def build(served: serving.Served) -> gr.Blocks:
     return page
 
 
+def page() -> gr.Blocks:
+    """The page, or one that says why there is none."""
+    try:
+        return build(serving.load())
+    except (OSError, SLAError) as error:
+        serving.logger.exception("the model could not be loaded")
+        with gr.Blocks(title="Sparse-Linear Attention", analytics_enabled=False) as page:
+            gr.Markdown(INTRODUCTION)
+            message = html.escape(serving.public(str(error)))
+            gr.HTML(f"<p class='banner bad'>The model of this Space could not be loaded: {message}</p>", padding=False)
+        return page
+
+
 def main() -> None:
-    build(serving.load()).launch(
+    page().launch(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         show_error=False,

@@ -20,7 +20,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffusers_sla.errors import SLAError
+from diffusers_sla.errors import SLAConfigError, SLAError
 from diffusers_sla.generation import default_device, load_pipeline
 
 logger = logging.getLogger("space")
@@ -110,10 +110,15 @@ class Served:
 
 
 def load() -> Served:
-    """The pipeline that the environment asks for."""
+    """The pipeline that the environment asks for.
+
+    Raises:
+        SLAConfigError: SPACE_MODEL names none.
+        OSError, SLAUnsupportedError: See `load_pipeline`.
+    """
     name = os.environ.get("SPACE_MODEL", "sample")
     if name not in MODELS:
-        raise SystemExit(f"SPACE_MODEL must be one of {', '.join(MODELS)}, got {name!r}")
+        raise SLAConfigError(f"SPACE_MODEL must be one of {', '.join(MODELS)}, got {name!r}")
     device = "cuda" if _zero_gpu is not None and os.environ.get("SPACES_ZERO_GPU") else default_device()
     pipe = load_pipeline(MODELS[name].source, device)
     pipe.set_progress_bar_config(disable=True)
@@ -194,7 +199,7 @@ def answered(call: Callable[[], Any]) -> Any:
 def public(text: str) -> str:
     """An error message fit for strangers: file names without folders, no tokens, at most 400 characters."""
     text = re.sub(r"hf_\w+", "(token)", text)
-    text = re.sub(r"(?<![\w:/.-])(?:[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:)]+)+[/\\]([^\s/\\'\",;:)]*)", r"\1", text)
+    text = re.sub(r"(?<![\w:/.-])(?:/[^\s/'\",;:)]+)+/([^\s/'\",;:)]*)", r"\1", text)
     return text if len(text) <= 400 else text[:399] + "…"
 
 

@@ -60,7 +60,7 @@ def test_the_table_and_the_dict_say_the_same(comparison):
     assert table[2].startswith("tenth")
     assert "9.4%" in table[2]
     assert f"{comparison.results[1].psnr:.1f} dB" in table[2]
-    plain = json.loads(json.dumps(comparison.to_dict()))
+    plain = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert plain["steps"] == 3
     assert plain["results"][1]["config"] == SPARSE.to_dict()
     assert "frames" not in plain["results"][1]
