@@ -76,13 +76,13 @@ def fit_layer(fitted: Moments, held_out: Moments) -> LayerFit:
     moments, check = (part.sum.cpu() / part.rows for part in (fitted, held_out))
     start = torch.zeros(inner.stop, D, dtype=torch.float64)
     start[:D] = torch.eye(D, dtype=torch.float64)
-    best: tuple[float, Tensor, float | None, float | None] = (_error(check, start), start, None, None)
+    best: tuple[float, Tensor, float | None, float | None] = (error_of(check, start), start, None, None)
     before = best[0]
     # From the fewest weights to the most, so that more of them have to earn their place.
     pairs = [(s, w) for s in RIDGES for w in (RIDGES if fitted.linear else (None,)) if (s, w) != (None, None)]
     for ridge_s, ridge_l in sorted(pairs, key=lambda pair: (pair[0] is not None) + (pair[1] is not None)):
-        theta = _solve(moments, start, D, ridge_s, ridge_l)
-        error = _error(check, theta)
+        theta = solve(moments, start, D, ridge_s, ridge_l)
+        error = error_of(check, theta)
         more = (ridge_s is not None) + (ridge_l is not None) > (best[2] is not None) + (best[3] is not None)
         if error < best[0] * (1 - WORTH if more else 1):
             best = (error, theta, ridge_s, ridge_l)
@@ -94,11 +94,11 @@ def fit_layer(fitted: Moments, held_out: Moments) -> LayerFit:
     bias = None if ridge_l is None else theta[2 * D].float()
     return LayerFit(
         weight(slice(0, D), ridge_s), weight(slice(D, 2 * D), ridge_l), bias, ridge_s, ridge_l,
-        before, after, _error(moments, theta),
+        before, after, error_of(moments, theta),
     )  # fmt: skip
 
 
-def _solve(moments: Tensor, start: Tensor, D: int, ridge_s: float | None, ridge_l: float | None) -> Tensor:
+def solve(moments: Tensor, start: Tensor, D: int, ridge_s: float | None, ridge_l: float | None) -> Tensor:
     """(X^T X + P) theta = X^T O + P start over the free rows of theta [features, D], P diagonal."""
     count = start.shape[0]
     strength = torch.zeros(count, dtype=torch.float64)
@@ -114,7 +114,7 @@ def _solve(moments: Tensor, start: Tensor, D: int, ridge_s: float | None, ridge_
     return theta
 
 
-def _error(moments: Tensor, theta: Tensor) -> float:
+def error_of(moments: Tensor, theta: Tensor) -> float:
     """||O - X theta|| / ||O||."""
     count = theta.shape[0]
     whole = torch.cat([theta, -torch.eye(theta.shape[1], dtype=theta.dtype)])

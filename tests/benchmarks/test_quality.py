@@ -108,3 +108,17 @@ def test_ssim_is_that_of_scikit_image(quality):
     assert quality[0].ssim(a, b) == pytest.approx(np.mean(expected), abs=0.01)  # it pads, ours does not
     assert quality[0].ssim(a, a) == pytest.approx(1)
     assert quality[0].psnr(a, b) == pytest.approx(20, abs=1)
+
+
+def test_per_head_fits_are_no_worse_than_the_shared_one(quality, tmp_path, monkeypatch, capsys):
+    import per_head
+
+    tiny_dit().save_pretrained(tmp_path)
+    arguments = ["per_head.py", "--pipeline", str(tmp_path), "--samples", "4", "--steps", "2", "--topk", "0.1"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    per_head.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    none, shared, heads, from_shared = map(float, lines[-1].split()[-4:])
+    assert heads <= none
+    assert from_shared <= shared < none
