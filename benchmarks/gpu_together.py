@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_together.py [FILE.json]
 
-The lengths set MIN_LENGTH in diffusers_sla/config.py; docs/models.md quotes the memory.
+The lengths are what MIN_LENGTH in diffusers_sla/config.py is set from.
 """
 
 import json

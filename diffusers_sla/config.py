@@ -12,7 +12,7 @@ from .errors import SLAConfigError
 BLOCK_SIZES = (16, 32, 64, 128)
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
-MIN_LENGTH = {"cuda": 1024}  # tokens from which on SLA is faster than dense attention, benchmarks/gpu_together.py
+MIN_LENGTH = {"cuda": 1024}  # tokens; benchmarks/gpu_together.py measures from where SLA is faster than dense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class SLAConfig:
             path, such as [0, 1, -1] or ["blocks.0.attn1"]. A layer that stays native has no projection.
         dense_steps: Denoising steps in which every layer runs dense, by number (negative: from the last), such as
             [0, 1, -1].
-        min_length: Calls of fewer queries run dense. None: where dense is faster, as measured: MIN_LENGTH tokens on a
-            GPU; on other devices, which are for trying things out, every length runs SLA.
+        min_length: Calls of fewer queries run dense. None: MIN_LENGTH on a GPU, where short calls are faster dense; on
+            other devices, which are for trying things out, every length runs SLA.
 
     Raises:
         SLAConfigError: A value is out of range; names the setting, the value and what is allowed.
