@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("count", [640, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [480, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_no_mutated_state_file_does_harm(count, tmp_path):
     """In a process of its own, for its memory is measured and limited; mutants.py says what it checks."""
     done = subprocess.run(

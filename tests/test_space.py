@@ -26,8 +26,8 @@ def app(tmp_path):
     return folder
 
 
-def test_a_space_has_the_app_and_runs_with_the_package_beside_it(hub, transport, app, tmp_path):
-    name = f"alice/demo-{transport}"
+def test_a_space_has_the_app_and_runs_with_the_package_beside_it(hub, app, tmp_path):
+    name = "alice/demo"
     arguments = ["push-space", "--repo", name, "--app", str(app), "--private", "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

