@@ -7,7 +7,7 @@ import torch
 from diffusers_sla.parallel import Ulysses, ulysses
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ulysses_is_the_single_process(world, tmp_path):
     """Wan, Flux and Qwen over several processes; in the latter two each holds a part of the text and of the image.
     Ring attention is refused with its reason."""
