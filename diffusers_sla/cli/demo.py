@@ -108,7 +108,7 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
 
 def _sample_defaults(wanted):
     """The sample pipeline's own values, where the user names none."""
-    defaults = {"class_label": "temple", "steps": 12, "guidance_scale": 2.0}
+    defaults = {"class_label": "temple", "steps": 10, "guidance_scale": 2.0}
     return wanted | {name: value for name, value in defaults.items() if wanted[name] is None}
 
 
