@@ -162,7 +162,7 @@ def _steps(length):
 
 def _all_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight):
     """(rows, O_l W^T of those rows) for q [.., group, Lq, D], k, v [.., Lk, D], hidden [.., Lk]; one H for all."""
-    h, z = 0, 0
+    h = z = torch.zeros((), device=q.device)
     for at in _steps(k.shape[-2]):
         f, values = _phi(k[..., at, :].float(), feature_map, phi_k), v[..., at, :].float()
         if hidden is not None:

@@ -32,6 +32,7 @@ def rounded_precision(dtype):
 SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
 SMALL_SHARED = 101376
 ROCM_SHARED = 65536
+REST = 2048  # for what is not a tile of q, k, v or dO
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Launch:
 
 @functools.lru_cache(maxsize=None)
 def shared_memory(device):
-    """Bytes of shared memory a program may use. The interpreter has as much as the largest."""
+    """Bytes of shared memory a program may use for tiles. The interpreter has as much as the largest GPU."""
     if device.type != "cuda":
         return max(SHARED.values())
     if torch.version.hip:
@@ -60,7 +61,7 @@ def shared_memory(device):
 
 
 def _stages(shared, fixed, per_stage, most):
-    return max(1, min(most, (shared - fixed) // per_stage))
+    return max(1, min(most, (shared - REST - fixed) // per_stage))
 
 
 def _row_bytes(x):
@@ -92,9 +93,11 @@ def forward_config(q, blkq, blkk):
     block_n = max(64, min(blkk, 128)) if row <= 256 else 32
     if block_m == 128 and block_n == 64 and shared > 2 * SMALL_SHARED:
         block_n = 128
-    while block_m * row + 2 * block_n * row > shared and block_n > 16:
+    while block_m * row + 2 * block_n * row > shared - REST and block_n > 16:
         block_n //= 2
-    stages = _stages(shared, block_m * row, 2 * block_n * row, 3)
+    # Where tiles of float32 are multiplied, what the tensor cores read is in shared memory once more.
+    copies = 2 if q.element_size() == 4 else 1
+    stages = _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
     return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n, block_r=_block_r(q))
 
 
@@ -102,7 +105,7 @@ def dq_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_m = min(blkq, 128 if row <= 256 else 32)
     block_n = 64 if row <= 256 else 32
-    while 2 * (block_m + block_n) * row > shared and block_n > 16:
+    while 2 * (block_m + block_n) * row > shared - REST and block_n > 16:
         block_n //= 2
     stages = _stages(shared, 2 * block_m * row, 2 * block_n * row, 3 if block_m >= 128 else 2)
     return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n)
@@ -112,17 +115,20 @@ def dkdv_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_n = min(blkk, 128 if row <= 256 else 32)
     block_m = 64 if row <= 256 else 32
-    while 2 * (block_m + block_n) * row > shared and block_m > 16:
+    while 2 * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
         block_m //= 2
     stages = _stages(shared, 2 * block_n * row, 2 * block_m * row, 2)
     return Launch(8 if block_n >= 128 else 4, stages, block_m, block_n)
 
 
 def linear_q_config(q):
-    wide = _row_bytes(q) > 256
-    return Launch(num_warps=8, num_stages=1 if wide else 2, rows=32 if wide else 64, block_r=_block_r(q))
+    wide, small = _row_bytes(q) > 256, shared_memory(q.device) <= SMALL_SHARED
+    rows = 32 if wide or small else 64
+    block_r = min(_block_r(q), 64) if small else _block_r(q)
+    return Launch(num_warps=8, num_stages=1 if wide or small else 2, rows=rows, block_r=block_r)
 
 
 def linear_k_config(k):
-    wide = _row_bytes(k) > 256
-    return Launch(num_warps=8, num_stages=1 if wide else 2, rows=32 if wide else 64, block_r=_block_r(k), programs=528)
+    wide, small = _row_bytes(k) > 256, shared_memory(k.device) <= SMALL_SHARED
+    rows = 32 if wide or small else 64
+    return Launch(num_warps=8, num_stages=1 if wide or small else 2, rows=rows, block_r=_block_r(k), programs=528)
