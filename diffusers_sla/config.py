@@ -12,7 +12,9 @@ from .errors import SLAConfigError
 BLOCK_SIZES = (16, 32, 64, 128)
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
-MIN_LENGTH = {"cuda": 1024}  # tokens; benchmarks/gpu_together.py measures from where SLA is faster than dense
+# Tokens. 4608 is the shortest length at which SLA was measured to be faster (benchmarks/h200.json); shorter ones are not
+# measured yet: benchmarks/gpu_together.py does.
+MIN_LENGTH = {"cuda": 4096}
 
 
 @dataclass(frozen=True, kw_only=True)
