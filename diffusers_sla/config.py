@@ -12,8 +12,8 @@ from .errors import SLAConfigError
 BLOCK_SIZES = (16, 32, 64, 128)
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
-# Tokens. 4608 is the shortest length at which SLA was measured to be faster (benchmarks/h200.json); shorter ones are not
-# measured yet: benchmarks/gpu_together.py does.
+# Tokens. At 4608 SLA was measured to be faster (benchmarks/h200.json); shorter lengths are not
+# measured yet (benchmarks/gpu_together.py does it).
 MIN_LENGTH = {"cuda": 4096}
 
 
