@@ -81,7 +81,9 @@ def alone(tmp_path, where, impl, *options, **environment):
     ]
     torch.save(inputs, tmp_path / "inputs.pt")
     (tmp_path / "alone.py").write_text(ALONE)
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # Importing gradio may turn telemetry off, and then kernels 0.17 sends a header that no server accepts.
+    dropped = ("PYTHONPATH", "HF_HUB_DISABLE_TELEMETRY")
+    clean = {name: value for name, value in os.environ.items() if name not in dropped}
     done = subprocess.run(
         [sys.executable, "alone.py", str(where), impl, *options], cwd=tmp_path, env=clean | environment,
         capture_output=True, text=True,
