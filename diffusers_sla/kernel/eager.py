@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 EPS = 1e-5
-# Bytes of gathered keys and values per step: small enough for a core's caches, large enough to hide Python.
-STEP_BYTES = 4 << 20
+# Bytes of gathered keys and values per step: within the last cache, and few steps.
+STEP_BYTES = 16 << 20
 # Rows of one head that the linear branch takes at a time.
 STEP_ROWS = 2048
 
@@ -129,52 +129,52 @@ def _add_linear_branch(
     mask = None if key_mask is None else key_mask[:, None].expand(*k.shape[:3])
     heads = [(...,)] if q.device.type != "cpu" else [(b, h) for b in range(k.shape[0]) for h in range(Hkv)]
     weight = weight.float()
+    bias = torch.zeros(weight.shape[0], device=q.device) if bias is None else bias.float()
     tracked = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (o, q, k, v, phi_q, phi_k, weight, bias)
     )
     parts = []
     for head in heads:
         hidden = None if mask is None else ~mask[head]
-        if rows is None:
-            pieces = _all_blocks(q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight)
-        else:
-            pieces = _marginal_blocks(
-                q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight, rows[head], blkq, blkk
-            )
+        arguments = (q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight, bias)
+        pieces = _all_blocks(*arguments) if rows is None else _marginal_blocks(*arguments, rows[head], blkq, blkk)
         if tracked:
-            parts.append(torch.cat([piece for _, piece in pieces], -2))
+            parts.append(torch.cat([numerator / denominator for _, numerator, denominator in pieces], -2))
             continue
-        for at, piece in pieces:
-            if bias is not None:
-                piece += bias
+        for at, numerator, denominator in pieces:
             target = o_heads[head][..., at, :]
-            target.copy_(piece.add_(target))
+            if target.dtype == numerator.dtype:
+                target.addcdiv_(numerator, denominator)
+            else:
+                target.copy_(numerator.div_(denominator).add_(target))
     if not tracked:
         return o
-    branch = torch.stack(parts).view(q.shape) if len(heads) > 1 else parts[0].view(q.shape)
-    branch = branch.flatten(1, 2)
-    return (o.float() + (branch if bias is None else branch + bias.float())).to(o.dtype)
+    branch = (torch.stack(parts) if len(parts) > 1 else parts[0]).view(q.shape).flatten(1, 2)
+    return (o.float() + branch).to(o.dtype)
 
 
 def _steps(length):
     return (slice(start, min(start + STEP_ROWS, length)) for start in range(0, length, STEP_ROWS))
 
 
-def _all_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight):
-    """(rows, O_l W^T of those rows) for q [.., group, Lq, D], k, v [.., Lk, D], hidden [.., Lk]; one H for all."""
+def _all_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, bias):
+    """(rows, numerator, denominator) of O_l W^T + b for those rows of q [.., group, Lq, D]; one H for all blocks.
+
+    k, v: [.., Lk, D]. hidden: [.., Lk].
+    """
     h = z = torch.zeros((), device=q.device)
     for at in _steps(k.shape[-2]):
         f, values = _phi(k[..., at, :].float(), feature_map, phi_k), v[..., at, :].float()
         if hidden is not None:
             f, values = (x.masked_fill(hidden[..., at, None], 0) for x in (f, values))
         h, z = h + f.mT @ values, z + f.sum(-2)
-    m, z = (h @ weight.mT).unsqueeze(-3), z[..., None, :, None]
+    m, eps = _quotient(h @ weight.mT, z, bias)
     for at in _steps(q.shape[-2]):
         f = _phi(q[..., at, :].float(), feature_map, phi_q)
-        yield at, (f @ m) / (f @ z + EPS)
+        yield at, *_split(f @ m.unsqueeze(-3) + eps)
 
 
-def _marginal_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, rows, blkq, blkk):
+def _marginal_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, bias, rows, blkq, blkk):
     """As `_all_blocks`, with an H for each query block: the sum over its marginal blocks, rows [.., group, Nq, Nk]."""
     f, v = _phi(k.float(), feature_map, phi_k), v.float()
     if hidden is not None:
@@ -182,10 +182,21 @@ def _marginal_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, rows, b
     f, v = _blocks(f, blkk), _blocks(v, blkk)
     sums, z = ((f.mT @ v) @ weight.mT).unsqueeze(-4), f.sum(-2).unsqueeze(-3)  # [.., 1, Nk, F, D], [.., 1, Nk, F]
     rows = rows.float()
-    m = (rows @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
+    m, eps = _quotient((rows @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:]), rows @ z, bias)
     f = _blocks(_phi(q.float(), feature_map, phi_q), blkq)
-    o = (f @ m) / (f @ (rows @ z)[..., None] + EPS)
-    yield slice(0, q.shape[-2]), o.flatten(-3, -2)[..., : q.shape[-2], :]
+    numerator, denominator = _split((f @ m + eps).flatten(-3, -2)[..., : q.shape[-2], :])
+    yield slice(0, q.shape[-2]), numerator, denominator
+
+
+def _quotient(m, z, bias):
+    """([.., F, D + 1], [D + 1]): phi(q) times the one plus the other is (phi(q) m + bias times the denominator) beside
+    the denominator phi(q) z + eps, so that one product makes all of the branch."""
+    m = torch.cat([m + z[..., None] * bias, z[..., None]], -1)
+    return m, EPS * torch.cat([bias, torch.ones_like(bias[:1])])
+
+
+def _split(product):
+    return product[..., :-1], product[..., -1:]
 
 
 class _SparseAttention(torch.autograd.Function):
