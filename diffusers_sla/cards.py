@@ -17,6 +17,8 @@ from .state import SLAState
 _PACKED = Path(__file__).parent / "model_card_templates"
 TEMPLATES = _PACKED if _PACKED.is_dir() else Path(__file__).parent.parent / "model_card_templates"
 TAGS = ("diffusers-sla", "sparse-linear-attention", "sparse-attention")
+# The Hub's name of what models do -> what their classes are called; those of anything else make images.
+_TASKS = {"text-to-video": "3D|Video|Motion|Temporal|I2V", "text-to-audio": "Audio|Music|AceStep"}
 # What a record in the state file's meta is called in the card; each is a list of rows, dicts with the same keys.
 TABLES = {"speed": "Speed", "quality": "Quality"}
 
@@ -78,7 +80,7 @@ def _front_matter(card: Card, old: dict[str, Any]) -> str:
     classes = f"{classes} {card.model_class or ''}"
     ours: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video" if "3D" in classes else "text-to-image",
+        "pipeline_tag": next((tag for tag, named in _TASKS.items() if re.search(named, classes)), "text-to-image"),
         "inference": False,
     }
     if card.base:

@@ -74,12 +74,27 @@ def is_repo_id(source: str | os.PathLike) -> bool:
     return True
 
 
+def check_repo_id(repo_id: str) -> None:
+    """That a repository to push to is "user/name": without the first part the client would make it somewhere else.
+
+    Raises:
+        SLAHubError: It is not.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise _translated(error, Remote(repo_id), ()) from error
+    if "/" not in repo_id:
+        raise SLAHubError(f"{repo_id!r} is not a repository id such as 'user/name'")
+
+
 def download(remote: Remote, *names: str) -> Path:
     """The first of `names` that the repository has, in the cache.
 
     Raises:
         SLAHubError: There is no such repository, revision or file, or it cannot be had.
     """
+    _check_token(remote.token)
     *optional, last = names
     for name in optional:
         try:
@@ -111,6 +126,7 @@ def download_configs(remote: Remote) -> Path:
     Raises:
         SLAHubError: See `download`.
     """
+    _check_token(remote.token)
     patterns = ["model_index.json", "config.json", "*/config.json"]
     try:
         return Path(
@@ -130,8 +146,9 @@ def remote_header(remote: Remote, name: str) -> tuple[dict[str, str], dict[str, 
         SLAHubError: See `download`.
     """
     path = f"{remote.subfolder}/{name}" if remote.subfolder else name
+    api = _api(remote.token)
     try:
-        found = _api(remote.token).parse_safetensors_file_metadata(remote.repo_id, path, revision=remote.revision)
+        found = api.parse_safetensors_file_metadata(remote.repo_id, path, revision=remote.revision)
     except Exception as error:
         raise _translated(error, remote, (name,)) from error
     return found.metadata, {key: (tensor.dtype, list(tensor.shape)) for key, tensor in found.tensors.items()}
@@ -143,8 +160,9 @@ def remote_files(remote: Remote) -> list[str]:
     Raises:
         SLAHubError: See `download`.
     """
+    api = _api(remote.token)
     try:
-        names = _api(remote.token).list_repo_files(remote.repo_id, revision=remote.revision)
+        names = api.list_repo_files(remote.repo_id, revision=remote.revision)
     except Exception as error:
         raise _translated(error, remote, ()) from error
     prefix = f"{remote.subfolder}/" if remote.subfolder else ""
@@ -193,6 +211,7 @@ def push_files(
     """
     if repo_type == "kernel" and client_version.startswith("1."):
         raise SLAHubError(f"huggingface_hub {client_version} cannot commit to kernel repositories; version 2 can")
+    check_repo_id(repo_id)
     api = _api(token)
     opening = False
     for attempt in range(1, ATTEMPTS + 1):
@@ -247,7 +266,14 @@ def hub_status(token: str | bool | None = None) -> dict[str, str | bool | None]:
 
 
 def _api(token: str | bool | None) -> HfApi:
+    _check_token(token)
     return HfApi(token=token, library_name="diffusers-sla", user_agent=_USER_AGENT)
+
+
+def _check_token(token: str | bool | None) -> None:
+    # Such a token cannot be sent, and the client's complaint would quote it.
+    if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+        raise SLAHubError("the token is empty, or has spaces, line breaks or other characters that no token has")
 
 
 def _content(content: bytes | str | os.PathLike) -> bytes | str:
@@ -257,7 +283,7 @@ def _content(content: bytes | str | os.PathLike) -> bytes | str:
 def _readme(api: HfApi, repo_id: str, commit: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -289,6 +315,8 @@ def _wait_before_retry(error: BaseException, attempt: int) -> float | None:
 
 def _translated(error: BaseException, remote: Remote, names: tuple[str, ...]) -> Exception:
     """The error as our users know it. The token is in none of the client's messages."""
+    if isinstance(error, ValueError) and isinstance(error.__cause__, HfHubHTTPError):  # of a forced download
+        error = error.__cause__
     repo, named = remote.repo_id, " or ".join(names)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, GatedRepoError):
@@ -321,8 +349,8 @@ def _translated(error: BaseException, remote: Remote, names: tuple[str, ...]) ->
         return SLAHubError(f"{repo!r} is not a repository id such as 'user/name': {first}")
     if _status(error) in (401, 403):
         return SLAHubError(
-            f"the Hub does not let you do this with {repo}: {_server_message(error)}. Log in with `hf auth login`, "
-            "or pass a token with write permission"
+            f"the Hub does not let you do this with {repo}: {_server_message(error).rstrip('.')}. "
+            "Log in with `hf auth login`, or pass a token with write permission"
         )
     if _status(error) is not None:
         return SLAHubError(

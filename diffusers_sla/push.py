@@ -18,8 +18,8 @@ from .errors import (
     SLAStateMismatchError,
     SLAStateNotFoundError,
 )
-from .hub import Files, Pushed, push_files
-from .saved_models import component_configs, component_names, expected_layers
+from .hub import Files, Pushed, check_repo_id, push_files
+from .saved_models import component_configs, component_names, expected_layers, missing_components
 from .state import PT_NAME, SAFETENSORS_NAME, SLAState, read_state, write_state
 from .tensor_files import code_in_pickles, open_safetensors
 from .weights import fit, parse_settings, save_sla_weights
@@ -91,8 +91,8 @@ def push_sla_to_hub(
     Raises:
         SLAConfigError: `subfolder` is not a plain path.
         SLAStateError: The state is missing, damaged, or does not fit the weights beside it.
-        SLAHubError: A pickle holds code, a link leads out of the folder, or the Hub refuses or cannot be reached; see
-            `push_files`.
+        SLAHubError: A pickle holds code, a link leads out of the folder, `weights` would take the place of another
+            file, a part of the pipeline is missing, or the Hub refuses or cannot be reached; see `push_files`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         if not isinstance(source, str | os.PathLike):
@@ -134,6 +134,7 @@ def plan_push(
 ) -> PushPlan:
     """Find what to push and check it, offline. Arguments and errors as in `push_sla_to_hub`."""
     folder = Path(folder)
+    check_repo_id(repo_id)
     if subfolder is not None and not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)*", subfolder):
         raise SLAConfigError(f"subfolder must be a path such as 'topk-0.05', got {subfolder!r}")
     if not folder.is_dir():
@@ -141,16 +142,21 @@ def plan_push(
     state = _checked_state(folder)
     found, kind, component, model_class = _beside(folder)
     _check_links(folder, found)
-    lora = LORA_NAME if LORA_NAME in found else None
     for extra in map(Path, weights):
         if not extra.exists():
             raise SLAStateNotFoundError(f"there is no file or folder {str(extra)!r}, given as weights")
-        named = _walk(extra, extra.name) if extra.is_dir() else {extra.name: extra.resolve()}
+        name = Path(os.path.abspath(extra)).name  # "." and ".." have names of their own
+        named = _walk(extra, name) if extra.is_dir() else {name: extra.resolve()}
         _check_links(extra, named)
+        _check_places(folder, found, named)
         found |= named
     _check_pickles(folder, found)
-    if lora:
-        _check_lora(found[lora], state)
+    _check_whole(found)
+    lora = None
+    if LORA_NAME in found:
+        _check_lora(found[LORA_NAME], state)
+        kind = "lora" if kind == "state" else kind
+        lora = LORA_NAME if kind != "model" else None  # the card's lines for a model have no pipeline to load it into
     _check_configs(folder, state)
 
     scratch = tempfile.TemporaryDirectory(prefix="sla-push-")
@@ -171,7 +177,7 @@ def plan_push(
         card,
         {prefix + name: content for name, content in sorted(files.items())},
         _left_out(folder, found),
-        readme.read_text(encoding="utf-8") if readme.is_file() else None,
+        _text(readme) if readme.is_file() else None,
         scratch,
     )
     plan.render()  # a README.md that cannot be merged is refused here, not in the middle of a push
@@ -208,6 +214,10 @@ def _beside(folder: Path) -> tuple[dict[str, Path], Any, str | None, str | None]
     classes = {name: str(config.get("_class_name")) for name, config in configs.items()}
     if (folder / "model_index.json").is_file():
         found = {"model_index.json": folder / "model_index.json"}
+        if missing := missing_components(folder):
+            raise SLAHubError(
+                f"{folder / 'model_index.json'} names {missing[0]}, and there is no such folder beside it"
+            )
         for name in component_names(folder):
             found |= _walk(folder / name, name)
         return found, "pipeline", None, None
@@ -241,6 +251,30 @@ def _check_links(folder: Path, found: dict[str, Path]) -> None:
         target = path.resolve()
         if not any(target.is_relative_to(place) for place in allowed):
             raise SLAHubError(f"{path} is a link to {target}, outside of the folder")
+
+
+def _check_places(folder: Path, found: dict[str, Path], named: dict[str, Path]) -> None:
+    """That no file given as weights takes the place of another, or silently loses its own."""
+    ours = {name: folder / name for name in ("README.md", CONFIG_NAME, PT_NAME, SAFETENSORS_NAME)}
+    for name, path in named.items():
+        other = found.get(name) or ours.get(name)
+        if other is not None and path.resolve() != other.resolve():
+            raise SLAHubError(f"{path}, given as weights, would take the place of {other}; rename it")
+
+
+def _check_whole(found: dict[str, Path]) -> None:
+    """That .safetensors files are as long as they say; what git-lfs leaves in their place is not."""
+    for path in found.values():
+        if path.suffix == ".safetensors":
+            with open_safetensors(path):
+                pass
+
+
+def _text(readme: Path) -> str:
+    try:
+        return readme.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SLAHubError(f"{readme} is not text in UTF-8: {error}") from error
 
 
 def _left_out(folder: Path, found: dict[str, Path]) -> list[str]:
@@ -279,6 +313,10 @@ def _check_lora(path: Path, state: SLAState) -> None:
     every = not parse_settings(state).dense_layers and not any(layer.startswith("unet.") for layer in state.layers)
     patterns = {shape_of(layer) for layer in state.layers}
     with open_safetensors(path) as (_, tensors):
+        theirs = {key.partition(".")[0].removesuffix("_2") for key in tensors} & {"transformer", "unet"}
+        ours = {layer.partition(".")[0].removesuffix("_2") for layer in state.layers} & {"transformer", "unet"}
+        if ours and theirs and not ours & theirs:
+            raise SLAStateMismatchError(f"{path} is for a {min(theirs)}, the state beside it for a {min(ours)}")
         for key in tensors:
             module, _, rest = key.partition(".lora")
             layer, _, projection = module.removesuffix(".0").rpartition(".")

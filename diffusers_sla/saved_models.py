@@ -16,6 +16,8 @@ from .config import SLAConfig
 from .errors import SLAUnsupportedError
 from .families import is_known
 
+_PART = r"[A-Za-z]\w*"  # names in files never become paths outside of their folder
+
 
 def component_configs(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Config by component of a folder: the parts of a pipeline, or the one model in it as "".
@@ -40,7 +42,21 @@ def component_names(folder: str | os.PathLike) -> list[str]:
     names = ["transformer", "transformer_2", "unet"]
     if (folder / "model_index.json").is_file():
         names = list(_read(folder / "model_index.json"))
-    return [name for name in names if re.fullmatch(r"[A-Za-z]\w*", name) and (folder / name).is_dir()]
+    return [name for name in names if re.fullmatch(_PART, name) and (folder / name).is_dir()]
+
+
+def missing_components(folder: str | os.PathLike) -> list[str]:
+    """Parts that model_index.json names and that the folder has not; a part the pipeline does without is [null, null].
+
+    Raises:
+        SLAUnsupportedError: model_index.json is not JSON.
+    """
+    index, there = _read(Path(folder) / "model_index.json"), component_names(folder)
+    return [
+        name
+        for name, value in index.items()
+        if re.fullmatch(_PART, name) and isinstance(value, list) and value and value[0] and name not in there
+    ]
 
 
 def expected_layers(configs: Mapping[str, Mapping[str, Any]], settings: SLAConfig) -> dict[str, int]:

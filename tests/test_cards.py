@@ -21,6 +21,9 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert ModelCard(
         render_card(card("model", model_class="FluxTransformer2DModel", meta={"models": {}}))
     ).data.to_dict()["pipeline_tag"] == ("text-to-image")
+    for name, tag in (("StableAudioDiTModel", "text-to-audio"), ("LTX2VideoTransformer3DModel", "text-to-video")):
+        made = card("model", model_class=name, meta={"models": {}})
+        assert ModelCard(render_card(made)).data.to_dict()["pipeline_tag"] == tag
     assert ModelCard(render_card(card("pipeline"))).data.base_model_relation == "finetune"
     assert "base_model" not in ModelCard(render_card(card(meta={"base_model": None}))).data.to_dict()
 

@@ -311,6 +311,25 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, transport, repo_id, sav
     assert "hf_alice_token" not in caplog.text + output.out + output.err
 
 
+@pytest.mark.parametrize("token", ["hf_secret\n2", "hf_secret 2", "", "hf_sécret"])
+def test_a_token_that_cannot_be_sent_is_not_shown_either(hub, repo_id, saved, token):
+    def use(function):
+        with pytest.raises(SLAHubError, match="the token is empty, or has spaces") as caught:
+            function()
+        assert (caught.value.__cause__, caught.value.__context__) == (None, None)  # a traceback shows them
+
+    use(lambda: push(repo_id, saved, token=token))
+    use(lambda: load_sla_weights(make("wan")[0], repo_id, token=token))
+    use(lambda: remote_header(Remote(repo_id, token=token), "x.safetensors"))
+    assert hub.requests == []
+
+
+def test_a_forced_download_says_what_the_hub_refused(hub, repo_id, saved):
+    push(repo_id, saved)
+    with pytest.raises(SLAHubError, match=r"does not let you do this with .*: Invalid credentials"):
+        load_sla_weights(make("wan")[0], repo_id, token="hf_nonsense", force_download=True)
+
+
 def test_hub_status(hub, monkeypatch):
     assert hub_status() == {"endpoint": hub.url, "token": True, "user": "alice", "reachable": True}
     assert hub_status("hf_nonsense")["reachable"]

@@ -203,6 +203,27 @@ def narrow_lora(folder):
     lora(folder, width=25)
 
 
+def unet_lora(folder):
+    lora(folder, "unet.mid_block.attentions.0.transformer_blocks.0.attn1")
+
+
+def cut_weights(folder):
+    make("wan")[0].save_pretrained(folder / "transformer")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def no_vae(folder):
+    (folder / "transformer").mkdir()
+    index = {
+        "_class_name": ["x", "Y"],
+        "transformer": ["diffusers", "A"],
+        "vae": ["diffusers", "B"],
+        "t": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def pickled_code(folder):
     (folder / "deep").mkdir()
     (folder / "deep" / "scheduler.bin").write_bytes(pickle.dumps(evil(folder)))
@@ -234,6 +255,10 @@ def bad_readme(folder):
     (folder / "README.md").write_text("---\n: [\n---\n")
 
 
+def binary_readme(folder):
+    (folder / "README.md").write_bytes(b"\xff\xfe\x00")
+
+
 def bad_config(folder):
     (folder / "config.json").write_text("{")
 
@@ -248,12 +273,16 @@ def bad_config(folder):
         (other_model, r"sla_attention\.pt does not fit the model beside it: the file lacks transformer\."),
         (other_lora, r"pytorch_lora_weights\.safetensors has transformer\.blocks\.7\.attn1"),
         (narrow_lora, r"is 25 wide, the state has head size 12"),
+        (unet_lora, r"pytorch_lora_weights\.safetensors is for a unet, the state beside it for a transformer"),
+        (cut_weights, r"diffusion_pytorch_model\.safetensors is damaged"),
+        (no_vae, r"model_index\.json names vae, and there is no such folder beside it"),
         (pickled_code, r"deep/scheduler\.bin is a pickle that holds code \(posix\.mkdir\)"),
         (zipped_code, r"model\.pt is a pickle that holds code \(posix\.mkdir\)"),
         (hidden_name, r"x\.pkl is a pickle that holds code \(\?\.\?\)"),
         (link_outside, r"transformer/config\.json is a link to .*secret\.json, outside of the folder"),
         (version_1, r"is a version 1 file, which says nothing of the layers"),
         (bad_readme, r"front matter of the README\.md that is there is not valid"),
+        (binary_readme, r"README\.md is not text in UTF-8"),
         (bad_config, r"config\.json is not JSON"),
     ],
 )
@@ -267,6 +296,46 @@ def test_what_is_wrong_is_refused_before_the_hub_is_asked(hub, repo_id, folder, 
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("wrong", ["wan", "a//b", "you/x/y", "bad id/x", ""])
+def test_a_wrong_repository_is_refused_before_the_hub_is_asked(hub, folder, wrong):
+    result = run("push", folder, "--repo", wrong, "--dry-run")
+    assert (result.exit_code, hub.requests) == (1, [])
+    assert "is not a repository id such as 'user/name'" in result.stderr
+    with pytest.raises(SLAHubError, match="not a repository id"):
+        push_sla_to_hub(folder, wrong)
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "sla_config.json", "sla_attention.pt", "pytorch_lora_weights.safetensors"]
+)
+def test_weights_take_no_other_files_place(repo_id, folder, tmp_path, name):
+    lora(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / name).write_text("x")
+    with pytest.raises(SLAHubError, match=f"other/{name}, given as weights, would take the place of"):
+        plan_push(folder, repo_id, weights=[other / name])
+    plan_push(folder, repo_id, weights=[folder / "sla_attention.pt"])
+
+
+def test_a_lora_given_as_weights_is_checked_and_in_the_card(repo_id, folder, tmp_path):
+    lora(tmp_path)
+    plan = plan_push(folder, repo_id, weights=[tmp_path / "pytorch_lora_weights.safetensors"])
+    assert 'pipe.load_lora_weights("' in plan.render()
+    lora(tmp_path, "transformer.blocks.7.attn1")
+    with pytest.raises(SLAStateError, match="they are no pair"):
+        plan_push(folder, repo_id, weights=[tmp_path / "pytorch_lora_weights.safetensors"])
+
+
+def test_folders_without_a_name_keep_theirs(repo_id, folder, tmp_path, monkeypatch):
+    more = tmp_path / "more" / "deep"
+    more.mkdir(parents=True)
+    (more / "a.json").write_text("{}")
+    monkeypatch.chdir(more)
+    assert "deep/a.json" in plan_push(folder, repo_id, weights=["."]).files
+    assert "more/deep/a.json" in plan_push(folder, repo_id, weights=[".."]).files
 
 
 def test_pickles_without_code_are_let_through(hub, repo_id, folder):

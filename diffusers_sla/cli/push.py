@@ -66,6 +66,8 @@ def command(
         )
     if plan.unused_readme:
         remark("the repository's README.md was kept; that of the folder was not used", quiet=quiet)
+    if plan.card.base is None and plan.card.kind in ("state", "lora"):
+        remark("the model card names no base model; --base-model REPO does", quiet=quiet)
     if not plan.has_license:
         remark("the model card names no licence; --license ID does", quiet=quiet)
     url = pushed.pull_request or f"{pushed.url}/commit/{pushed.commit}"
