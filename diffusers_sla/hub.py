@@ -35,11 +35,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
     XetDownloadError,
 )
 from huggingface_hub.utils import httpx, validate_repo_id
 
-from .errors import SLAHubError
+from .errors import SLAHubError, SLAStateFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -144,14 +145,22 @@ def remote_header(remote: Remote, name: str) -> tuple[dict[str, str], dict[str, 
 
     Raises:
         SLAHubError: See `download`.
+        SLAStateFormatError: The header is damaged.
     """
     path = f"{remote.subfolder}/{name}" if remote.subfolder else name
     api = _api(remote.token)
     try:
         found = api.parse_safetensors_file_metadata(remote.repo_id, path, revision=remote.revision)
+        header = {str(key): str(value) for key, value in found.metadata.items()}
+        tensors = {key: (str(tensor.dtype), list(map(int, tensor.shape))) for key, tensor in found.tensors.items()}
+        if any(not 0 <= size < 1 << 31 for _, shape in tensors.values() for size in shape):
+            raise TypeError("a tensor has an impossible shape")
+    except (SafetensorsParsingError, AttributeError, KeyError, RecursionError, TypeError) as error:
+        # The client takes what is in the header for what it should be.
+        raise SLAStateFormatError(f"{remote.repo_id}/{path} is damaged: its header is not one: {error}") from error
     except Exception as error:
         raise _translated(error, remote, (name,)) from error
-    return found.metadata, {key: (tensor.dtype, list(tensor.shape)) for key, tensor in found.tensors.items()}
+    return header, tensors
 
 
 def remote_files(remote: Remote) -> list[str]:

@@ -1,6 +1,7 @@
 """What is in a state file, here or on the Hub, for people to look at."""
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from .errors import SLAStateError, SLAStateFormatError
 from .foreign import flat, foreign_layers, layout_of
 from .hub import Remote, download, is_repo_id, remote_files, remote_header
-from .state import FORMAT, PT_NAME, SAFETENSORS_NAME, find_state, read_state
+from .state import FORMAT, PT_NAME, SAFETENSORS_NAME, SLAState, find_state, read_state
 from .tensor_files import load_pt, open_safetensors, parse_json, pickle_globals
 from .weights import parse_settings
 
@@ -39,8 +40,8 @@ class Inspection:
         return vars(self)
 
     def __str__(self) -> str:
-        numbers = sum(torch.Size(t["shape"]).numel() for named in self.tensors.values() for t in named.values())
-        heads = sorted({t["shape"][0] for named in self.tensors.values() for t in named.values()})
+        numbers = sum(math.prod(t["shape"]) for named in self.tensors.values() for t in named.values())
+        heads = sorted({t["shape"][0] for named in self.tensors.values() for t in named.values() if t["shape"]})
         lines = [
             ("file", self.source),
             ("layout", self.layout),
@@ -54,13 +55,13 @@ class Inspection:
             ("recorded", ", ".join(name for name in self.meta if name != "base_model")),
             ("PROBLEM", self.problem),
         ]
-        text = [f"{name:<11} {value}" for name, value in lines if value]
+        text = [f"{name:<11} {_printable(value)}" for name, value in lines if value]
         rows = [("layer", "tensor", "dtype", "shape", "norm")]
         for layer, named in self.tensors.items():
             for name, tensor in named.items():
                 norm = f"{tensor['norm']:.4g}" if "norm" in tensor else "not read"
                 shape = "x".join(map(str, tensor["shape"]))
-                rows.append((layer, name, tensor["dtype"], shape, norm))
+                rows.append((_printable(layer), _printable(name), _printable(tensor["dtype"]), shape, norm))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         return "\n".join([*text, "", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)])
 
@@ -89,6 +90,11 @@ def inspect_state(
     return _local(path)
 
 
+def _printable(value: Any) -> str:
+    """Text of a stranger's file as one line that does nothing to a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(value))
+
+
 def _settings(settings: dict[str, Any] | None) -> str:
     if settings is None:
         return "none in the file"
@@ -99,7 +105,13 @@ def _remote(remote: Remote, name: str) -> Inspection:
     header, tensors = remote_header(remote, name)
     where = f"{remote.repo_id}/{remote.subfolder + '/' if remote.subfolder else ''}{name}"
     described = {key: {"dtype": dtype, "shape": shape} for key, (dtype, shape) in tensors.items()}
-    return _described(header, described, where)
+    found = _described(header, described, where)
+    try:
+        if found.settings is not None:
+            parse_settings(SLAState(found.settings, {}))
+    except SLAStateError as error:
+        found.problem = str(error)
+    return found
 
 
 def _local(path: Path) -> Inspection:

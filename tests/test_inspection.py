@@ -6,6 +6,7 @@ import struct
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import HfApi
 
 from diffusers_sla import SLAConfig, SLAStateFormatError, push_sla_to_hub
 from diffusers_sla.cli import main
@@ -101,3 +102,42 @@ def test_code_is_named_and_not_run(tmp_path):
     for name in "x.pt", "y.pt", "z.safetensors":
         result = CliRunner().invoke(main, ["inspect", str(tmp_path / name)])
         assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (1, "", 1)
+
+
+def safetensors_file(header):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(4)
+
+
+TENSOR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [], "", b"{", b"\xff", {"x": 5}, {"__metadata__": None}, {"x": {"dtype": "F32", "shape": [1]}},
+        {"x": TENSOR | {"shape": "a"}}, {"x": TENSOR | {"shape": [None]}}, {"x": TENSOR | {"shape": [10**30]}},
+    ],
+)  # fmt: skip
+def test_a_remote_header_that_is_none_is_a_known_error(hub, repo_id, header):
+    HfApi().create_repo(repo_id)
+    HfApi().upload_file(path_or_fileobj=safetensors_file(header), path_in_repo=NAMES[1], repo_id=repo_id)
+    result = CliRunner().invoke(main, ["inspect", repo_id])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_what_a_file_says_does_nothing_to_the_terminal(hub, repo_id, tmp_path, remote):
+    said = {"version": 2, "settings": {"topk": "\x1b[31m"}, "meta": {"base_model": "\x1b]0;name\x07\nfile  fake"}}
+    header = {"__metadata__": {"diffusers_sla": json.dumps(said)}, "\x1b[2J.a.b": TENSOR | {"shape": []}}
+    path = tmp_path / NAMES[1]
+    path.write_bytes(safetensors_file(header))
+    if remote:
+        HfApi().create_repo(repo_id)
+        HfApi().upload_file(path_or_fileobj=path, path_in_repo=NAMES[1], repo_id=repo_id)
+    result = CliRunner().invoke(main, ["inspect", repo_id if remote else str(path)])
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+    assert "base model  \\x1b]0;name\\x07\\nfile  fake\n" in result.stdout
+    assert "\x1b" not in result.stdout
