@@ -357,8 +357,9 @@ def _translated(error: BaseException, remote: Remote, names: tuple[str, ...]) ->
     if isinstance(error, HFValidationError):
         return SLAHubError(f"{repo!r} is not a repository id such as 'user/name': {first}")
     if _status(error) in (401, 403):
+        it = f" with {repo}" if repo else ""
         return SLAHubError(
-            f"the Hub does not let you do this with {repo}: {_server_message(error).rstrip('.')}. "
+            f"the Hub does not let you do this{it}: {_server_message(error).rstrip('.')}. "
             "Log in with `hf auth login`, or pass a token with write permission"
         )
     if _status(error) is not None:

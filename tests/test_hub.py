@@ -333,6 +333,7 @@ def test_a_forced_download_says_what_the_hub_refused(hub, repo_id, saved):
 def test_hub_status(hub, monkeypatch):
     assert hub_status() == {"endpoint": hub.url, "token": True, "user": "alice", "reachable": True}
     assert hub_status("hf_nonsense")["reachable"]
+    assert str(hub_status("hf_nonsense")["problem"]).startswith("the Hub does not let you do this: ")
     hub.cut("before", times=99)
     status = hub_status()
     assert not status["reachable"]
