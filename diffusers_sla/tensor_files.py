@@ -113,10 +113,22 @@ def pickle_globals(path: str | os.PathLike) -> set[str]:
                             return {"? ?"}
                         found |= _globals(io.BytesIO(archive.read(member)))
                 return found
-        if path.suffix not in PICKLE_SUFFIXES and head[:1] != b"\x80":
+        file.seek(0)
+        if path.suffix not in PICKLE_SUFFIXES and head[:1] != b"\x80" and not _is_old_pickle(file):
             return set()
         file.seek(0)
         return _globals(file)
+
+
+def _is_old_pickle(file) -> bool:
+    """Whether a file of any name is a whole pickle of protocol 0 or 1, which begin with no mark, that imports."""
+    imports = False
+    try:
+        for opcode, _, _ in pickletools.genops(file):
+            imports = imports or opcode.name in ("GLOBAL", "INST")
+    except Exception:  # what genops raises depends on the bytes; all of it means that this is no pickle
+        return False
+    return imports
 
 
 def code_in_pickles(path: str | os.PathLike) -> list[str]:

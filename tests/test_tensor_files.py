@@ -92,7 +92,9 @@ def test_imports_are_read_off_the_opcodes(tmp_path):
         assert pickle_globals(path) == {f"{os.name} mkdir", "math sqrt"}
     path.write_bytes(pickle.dumps({"a": [1, "os mkdir", b"cos\nsystem\n"]}))
     assert pickle_globals(path) == set()
-    (tmp_path / "a.txt").write_text("cos\nsystem\n.")
+    (tmp_path / "a.txt").write_text("cos\nsystem\n.")  # a whole pickle, whatever it is called
+    assert pickle_globals(tmp_path / "a.txt") == {"os system"}
+    (tmp_path / "a.txt").write_text("cos\nsystem\n")
     assert pickle_globals(tmp_path / "a.txt") == set()
 
 
@@ -145,3 +147,13 @@ def test_plain_values_have_a_limit():
     assert len(shown(doubled)) < 1000
     with pytest.raises(SLAStateFormatError, match="is not JSON"):
         parse_json("[" * 100_000, "meta", "f")
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+@pytest.mark.parametrize("name", ["data.bin", "data.joblib", "data"])
+def test_a_pickle_is_known_by_its_contents_whatever_its_name(tmp_path, protocol, name):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps(os.getcwd, protocol))
+    assert code_in_pickles(path) == ["posix.getcwd"]
+    path.write_text("class Text:\n    pass\n.")
+    assert name == "data.bin" or code_in_pickles(path) == []
