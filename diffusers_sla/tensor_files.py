@@ -124,8 +124,11 @@ def _is_old_pickle(file) -> bool:
     """Whether a file of any name is a whole pickle of protocol 0 or 1, which begin with no mark, that imports."""
     imports = False
     try:
-        for opcode, _, _ in pickletools.genops(file):
-            imports = imports or opcode.name in ("GLOBAL", "INST")
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                imports = re.fullmatch(r"[\w.]+ [\w.]+", str(argument)) is not None
+                if not imports:  # text whose line begins with c or i
+                    return False
     except Exception:  # what genops raises depends on the bytes; all of it means that this is no pickle
         return False
     return imports
