@@ -121,14 +121,18 @@ def dkdv_config(q, blkq, blkk):
     return Launch(8 if block_n >= 128 else 4, stages, block_m, block_n)
 
 
-def linear_q_config(q):
-    wide, small = _row_bytes(q) > 256, shared_memory(q.device) <= SMALL_SHARED
-    rows = 32 if wide or small else 64
+def linear_q_config(q, halves):
+    """halves: 2 where phi has two, each with a matrix of its own."""
+    small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
     block_r = min(_block_r(q), 64) if small else _block_r(q)
-    return Launch(num_warps=8, num_stages=1 if wide or small else 2, rows=rows, block_r=block_r)
+    return Launch(
+        num_warps=8, num_stages=1 if small else 2, rows=32 if small else 64, block_r=max(16, block_r // halves)
+    )
 
 
-def linear_k_config(k):
-    wide, small = _row_bytes(k) > 256, shared_memory(k.device) <= SMALL_SHARED
-    rows = 32 if wide or small else 64
-    return Launch(num_warps=8, num_stages=1 if wide or small else 2, rows=rows, block_r=_block_r(k), programs=528)
+def linear_k_config(k, halves):
+    small = halves == 2 or _row_bytes(k) > 256 or shared_memory(k.device) <= SMALL_SHARED
+    return Launch(
+        num_warps=8, num_stages=1 if small else 2, rows=32 if small else 64, block_r=max(16, _block_r(k) // halves),
+        programs=528,
+    )  # fmt: skip

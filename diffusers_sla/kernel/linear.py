@@ -287,8 +287,8 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     in x's dtype then), and the gradient of the bias [D]; float32.
     """
     B, H, Lq, D = x.shape
-    config = linear_q_config(x)
     halves = HALVES[feature_map]
+    config = linear_q_config(x, halves)
     block_m = min(blkq, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lq - sum(keep_q), block_m)
     tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
@@ -297,7 +297,7 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     dm = torch.empty((B, H, num_chunks, halves * D, D), device=x.device, dtype=x.dtype if per_block else torch.float32)
     dz = torch.empty((B, H, num_chunks, halves * D), **new)
     dbias = torch.empty((B * H * num_chunks, D), **new)
-    BLOCK_R = min(config.block_r // halves, block_d(D))
+    BLOCK_R = min(config.block_r, block_d(D))
     _linear_bwd_q_kernel[(num_chunks, B * H, cdiv(D, BLOCK_R))](
         x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
         H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
@@ -331,7 +331,7 @@ def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm
 def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
     """Launch the backward of the sums over keys. Fills dx and dv in the key blocks."""
     B, Hkv, Lk, D = x.shape
-    config = linear_k_config(x)
+    config = linear_k_config(x, HALVES[feature_map])
     per_block = dh.shape[2] > 1
     block_n = min(blkk, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lk - sum(keep_k), block_n)
