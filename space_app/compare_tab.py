@@ -94,7 +94,6 @@ def build(served: Served, loaded: gr.State) -> None:
     stop.click(None, None, None, cancels=[running], api_visibility="private").then(
         lambda: "<p class='hint'>Stopped.</p>", None, cards, api_visibility="private"
     )
-    running.failure(lambda: _waiting(served), None, cards, api_visibility="private")
     show.input(
         lambda kept, pair: _pair(served, kept, pair) if served.is_video else _pair(served, kept, pair)[0],
         [results, show], pictures, api_visibility="private",

@@ -103,7 +103,6 @@ def build(served: Served, loaded: gr.State) -> None:
     stop.click(None, None, None, cancels=[running], api_visibility="private").then(
         lambda: "<p class='hint'>Stopped.</p>", None, status, api_visibility="private"
     )
-    running.failure(lambda: "", None, status, api_visibility="private")
     for component in (layer, head, block):
         component.input(_redraw, [kept, layer, head, block], views, api_visibility="private", show_progress="hidden")
     looks.select(_clicked, [kept, layer], block, api_visibility="private", show_progress="hidden").then(

@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,16 @@ def load() -> Served:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps done of all, and of what."""
+    """How far a run is: steps done of all, and of what. A run that failed says so last."""
 
     name: str
     done: int
     total: int
+    failed: bool = False
 
     def __str__(self) -> str:
+        if self.failed:
+            return "<p class='hint' role='status'>Nothing came of it: see the message.</p>"
         if not self.total:
             return "<p class='hint' role='status'>Waiting for the pipeline…</p>"
         text = f"{html.escape(self.name)}: step {self.done} of {self.total}"
@@ -166,7 +169,13 @@ def streamed(served: Served, work: Callable[[Callable[[str, int, int], None]], A
             with contextlib.suppress(queue.Empty):
                 last = updates.get(timeout=0.25)
             yield last
-        yield answered(future.result)
+        try:
+            result = answered(future.result)
+        except gr.Error:
+            # Gradio's own `failure` event is of no use here: the page sends it after a cancelled run, too.
+            yield replace(last, failed=True)
+            raise
+        yield result
     finally:
         stop.set()
         executor.shutdown(wait=False)

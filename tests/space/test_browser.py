@@ -7,6 +7,9 @@ from conftest import ROOT
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+expect = sync_api.expect
+PATIENCE = 60_000  # milliseconds: a machine that tests many things at once is slow
+expect.set_options(timeout=PATIENCE)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 LOOKS = {"light": (1280, 900, "light"), "dark": (1280, 900, "dark"), "phone": (390, 844, "light")}
 
@@ -29,7 +32,7 @@ def visit(browser, space):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(f"{space.url}/?__theme={theme}")
@@ -61,11 +64,11 @@ def test_every_tab_works(visit, look):
     page.locator(".cards").wait_for()
     page.get_by_text("dense | SLA, trained").wait_for()
     shown = page.locator("#side-by-side img")
-    assert shown.first.evaluate("image => image.naturalWidth") == 64
-    before = [shown.nth(i).get_attribute("src") for i in range(shown.count())]
+    expect(shown.first).to_have_js_property("naturalWidth", 64)
+    before = shown.first.get_attribute("src")
     page.get_by_role("radio", name="SLA, trained | SLA, untrained").check()
     page.get_by_text("Left: SLA, trained. Right: SLA, untrained.").wait_for()
-    assert [shown.nth(i).get_attribute("src") for i in range(shown.count())] != before
+    expect(shown.first).not_to_have_attribute("src", before)
     shot(page, f"{look}-compare")
     assert fits(page)
 
@@ -73,16 +76,16 @@ def test_every_tab_works(visit, look):
     page.get_by_role("button", name="Generate and look").click()
     words = page.get_by_text("attends exactly to")
     words.wait_for()
-    assert "query block 8" in words.inner_text()
+    expect(words).to_contain_text("query block 8")
     page.get_by_label("number input for Query block").fill("3")
     page.get_by_label("number input for Query block").press("Enter")
     page.get_by_text("query block 3 attends exactly to").wait_for()
     picture = page.locator("#looks img").last
-    assert picture.evaluate("image => image.naturalWidth") == 512
+    expect(picture).to_have_js_property("naturalWidth", 512)
     size = picture.bounding_box()
     picture.click(position={"x": size["width"] / 2, "y": size["height"] - 3})
     page.get_by_text("query block 15 attends exactly to").wait_for()
-    assert page.locator("table.bars tr").count() == 2
+    expect(page.locator("table.bars tr")).to_have_count(2)
     shot(page, f"{look}-inside")
     assert fits(page)
 
@@ -129,7 +132,9 @@ def test_stop_stops(visit):
     page.get_by_role("button", name="Stop").first.click()
     page.get_by_text("Stopped.").wait_for()
     page.wait_for_timeout(2000)
+    expect(page.get_by_text("Stopped.")).to_be_visible()  # to stay
     assert page.locator(".cards").count() == 0
+    shot(page, "stopped")
 
 
 def test_the_page_is_usable_by_keyboard(visit):
