@@ -6,19 +6,27 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import listed_block, load_rows, masked_keys, num_listed_whole, place_in_block
+from .forward import exp2, listed_block, load_rows, masked_keys, num_listed_whole, place_in_block
 from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
 @triton.jit
-def _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _dq_step(
+    q, do, k, v, visible, lse, delta, dq, scale_log2, FIRST: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step over a tile of keys: adds to delta in the FIRST of two turns, else to dq."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+    p = exp2(scores * scale_log2 - lse[:, None], EXACT)
     if MASKED:
         p = tl.where(visible[None, :], p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if FIRST:
+        delta += tl.sum(p * dp, 1)
+    else:
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return delta, dq
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "topk"])
@@ -30,9 +38,12 @@ def _sparse_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dQ of BLOCK_M queries over their key blocks, and delta = rowsum(dO_s * O_s).
+
+    EXACT sums delta over the very products P dP from which it is then subtracted, at the price of a turn more: where
+    one key has nearly all the weight, little but their rounding is left of the difference.
 
     Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of
     the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
@@ -60,11 +71,12 @@ def _sparse_bwd_dq_kernel(
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + at * stride_ql + cols[None, :], mask=inside, other=0.0)
     do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
     o_offsets = b * stride_ob + h * stride_oh + at * stride_ol + cols[None, :]
-    o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
-    delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
-    tl.store(delta_ptr + bh * Lq + rows, delta, mask=row_valid)
-    log2e: tl.constexpr = 1.4426950408889634
-    lse_log2 = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=float("inf")) * log2e
+    if EXACT:
+        delta = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
+        delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=float("inf"))
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
@@ -77,16 +89,6 @@ def _sparse_bwd_dq_kernel(
     list_base = indices_ptr + (bh * num_q_blocks + block) * topk
     rest = num_listed_whole(list_base, listed, k_first, k_end, BLKK, BLOCK_N)
     num_whole = rest // PER_STEP * LAST
-    chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
-    for step in range(0, num_whole):
-        first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
-        chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
-        k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
-        v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
-        visible = n >= 0
-        if HAS_MASK:
-            visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
-        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, HAS_MASK, PRECISION)
     KEEP: tl.constexpr = KEEP_Q or KEEP_K
     front_end = k_first
     back = k_end
@@ -97,17 +99,34 @@ def _sparse_bwd_dq_kernel(
     num_steps = tl.where(rest < listed, LAST, 0)
     if KEEP:
         num_steps = LAST + num_front_steps + tl.cdiv(Lk - back, BLOCK_N)
-    for step in range(0, num_steps):
-        keys, visible = masked_keys(
-            step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n, BLKK, BLOCK_N, KEEP
-        )
-        if HAS_MASK:
-            visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
-        offsets = keys.to(tl.int64)[:, None]
-        load = visible[:, None] & (cols[None, :] < D)
-        k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
-        v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
-        dq = _dq_step(q, do, k, v, visible, lse_log2, delta, dq, scale_log2, True, PRECISION)
+    for turn in tl.static_range(EXACT + 1):
+        chosen = listed_block(list_base, 0, num_whole > 0, n, BLKK, BLOCK_N)
+        for step in range(0, num_whole):
+            first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
+            chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
+            k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+            v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
+            visible = n >= 0
+            if HAS_MASK:
+                visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
+            delta, dq = _dq_step(
+                q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, HAS_MASK, EXACT, PRECISION
+            )
+        for step in range(0, num_steps):
+            keys, visible = masked_keys(
+                step, list_base, rest, listed, k_first, k_end, front_end, back, num_front_steps, Lk, n,
+                BLKK, BLOCK_N, KEEP,
+            )  # fmt: skip
+            if HAS_MASK:
+                visible = visible & (tl.load(mask_ptr + b * Lk + keys, mask=visible, other=0) != 0)
+            offsets = keys.to(tl.int64)[:, None]
+            load = visible[:, None] & (cols[None, :] < D)
+            k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
+            v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
+            delta, dq = _dq_step(
+                q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, True, EXACT, PRECISION
+            )
+    tl.store(delta_ptr + bh * Lq + rows, delta, mask=row_valid)
 
     dq *= scale
     if HAS_LINEAR:
@@ -118,18 +137,17 @@ def _sparse_bwd_dq_kernel(
 @triton.jit
 def _dkdv_step(
     q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv, stride_ql, stride_dl, cols,
-    scale_log2, D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2, D: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over a tile of queries. Rows that are not there have lse = inf, hence p = 0."""
     load = row_valid[:, None] & (cols[None, :] < D)
     at = rows.to(tl.int64)[:, None]
     q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
     do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
-    log2e: tl.constexpr = 1.4426950408889634
-    lse_log2 = tl.load(lse_base + rows, mask=row_valid, other=float("inf")) * log2e
+    lse = tl.load(lse_base + rows, mask=row_valid, other=float("inf"))
     delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
-    p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+    p = exp2(scores * scale_log2 - lse[None, :], EXACT)
     if MASKED:
         p = tl.where(visible[:, None], p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -148,7 +166,7 @@ def _sparse_bwd_dkdv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dK and dV of BLOCK_N keys over the query blocks that chose them, all heads of their group.
 
@@ -206,7 +224,7 @@ def _sparse_bwd_dkdv_kernel(
                 chosen = tl.load(list_base + (step + 1) // STEPS, mask=step + 1 < last * STEPS, other=0)
                 dk, dv = _dkdv_step(
                     q_base, do_base, lse_base, delta_base, rows, rows < q_end, k, v, visible, dk, dv,
-                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
                 )  # fmt: skip
         else:
             for start in range(first, last, PER_STEP):
@@ -215,7 +233,7 @@ def _sparse_bwd_dkdv_kernel(
                 rows = q_first + chosen * BLKQ + m % BLKQ
                 dk, dv = _dkdv_step(
                     q_base, do_base, lse_base, delta_base, rows, (position < last) & (rows < q_end), k, v, visible,
-                    dk, dv, stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                    dk, dv, stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
                 )  # fmt: skip
         if KEEP_Q or KEEP_K:
             front_end = q_first
@@ -230,7 +248,7 @@ def _sparse_bwd_dkdv_kernel(
                 row_valid = rows < tl.where(at_front, front_end, Lq)
                 dk, dv = _dkdv_step(
                     q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv,
-                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, PRECISION,
+                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
                 )  # fmt: skip
 
     dk *= scale
@@ -259,7 +277,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
         HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
-        PRECISION=PRECISION,
+        EXACT=q.dtype == torch.float32, PRECISION=PRECISION,
     )  # fmt: skip
     scale_log2 = scale * math.log2(math.e)
 

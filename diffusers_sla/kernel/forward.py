@@ -81,7 +81,33 @@ def masked_keys(
 
 
 @triton.jit
-def _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def exp2(x, EXACT: tl.constexpr):
+    """2 ** x for x <= 128. A GPU's own is good to about 2^-22; EXACT, for float32, to 2^-24, by a Taylor series."""
+    if EXACT:
+        whole = tl.floor(x + 0.5)
+        y = (x - whole) * 0.6931471805599453
+        tail = 1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040)))
+        series = 1.0 + y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * tail)))
+        power = ((tl.maximum(whole, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return tl.where(x < -126.0, 0.0, series * power)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, EXACT: tl.constexpr):
+    """Logarithm of x > 0; EXACT adds a Newton step."""
+    y = tl.log2(x)
+    if EXACT:
+        y += (x * exp2(-y, EXACT) - 1.0) * 1.4426950408889634
+    return y
+
+
+@triton.jit
+def _attend(
+    q, k, v, visible, acc, row_sum, row_max, scale_log2,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]. row_max: before scaling."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
     if MASKED:
@@ -91,8 +117,8 @@ def _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, MASKED: tl.cons
     if MASKED:
         top = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
     top = top * scale_log2
-    p = tl.exp2(scores * scale_log2 - top[:, None])
-    rescale = tl.exp2(row_max * scale_log2 - top)
+    p = exp2(scores * scale_log2 - top[:, None], EXACT)
+    rescale = exp2(row_max * scale_log2 - top, EXACT)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     return acc, row_sum, new_max
@@ -108,7 +134,8 @@ def _sparse_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, NEGATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LINEAR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr, SAVE: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M queries of one head: a query block, or a part of one.
 
@@ -116,7 +143,8 @@ def _sparse_fwd_kernel(
     every key.
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
     m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
-    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H, Lq] float32.
+    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H, Lq]
+    float32, base 2.
     scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
@@ -167,7 +195,9 @@ def _sparse_fwd_kernel(
         visible = n >= 0
         if HAS_MASK:
             visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
-        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, HAS_MASK, PRECISION)
+        acc, row_sum, row_max = _attend(
+            q, k, v, visible, acc, row_sum, row_max, scale_log2, HAS_MASK, EXACT, PRECISION
+        )
     KEEP: tl.constexpr = KEEP_Q or KEEP_K
     front_end = k_first
     back = k_end
@@ -188,15 +218,14 @@ def _sparse_fwd_kernel(
         load = visible[:, None] & (cols[None, :] < D)
         k = tl.load(k_base + at * stride_kl + cols[None, :], mask=load, other=0.0)
         v = tl.load(v_base + at * stride_vl + cols[None, :], mask=load, other=0.0)
-        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, True, PRECISION)
+        acc, row_sum, row_max = _attend(q, k, v, visible, acc, row_sum, row_max, scale_log2, True, EXACT, PRECISION)
 
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
     o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
     o_offsets = o_base + cols[None, :]
     if SAVE:
-        ln2: tl.constexpr = 0.6931471805599453
-        lse = tl.where(empty, float("inf"), (row_max * scale_log2 + tl.log2(row_sum)) * ln2)
+        lse = tl.where(empty, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
         tl.store(lse_ptr + bh * Lq + rows, lse, mask=row_valid)
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D  # a whole [D, D] matrix at once, or row by row of tiles
     if SAVE or (HAS_A and not WHOLE):
@@ -267,7 +296,8 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
         D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, BLOCK_D),
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
-        HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, PRECISION=PRECISION,
+        HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, EXACT=q.dtype == torch.float32,
+        PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return o, o_s if save else None, lse

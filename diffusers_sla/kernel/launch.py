@@ -98,7 +98,7 @@ def forward_config(q, blkq, blkk):
     # Where tiles of float32 are multiplied, what the tensor cores read is in shared memory once more.
     copies = 2 if q.element_size() == 4 else 1
     stages = _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
-    return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n, block_r=_block_r(q))
+    return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q))
 
 
 def dq_config(q, blkq, blkk):
@@ -108,7 +108,7 @@ def dq_config(q, blkq, blkk):
     while 2 * (block_m + block_n) * row > shared - REST and block_n > 16:
         block_n //= 2
     stages = _stages(shared, 2 * block_m * row, 2 * block_n * row, 3 if block_m >= 128 else 2)
-    return Launch(8 if block_m >= 128 else 4, stages, block_m, block_n)
+    return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n)
 
 
 def dkdv_config(q, blkq, blkk):
@@ -118,21 +118,16 @@ def dkdv_config(q, blkq, blkk):
     while 2 * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
         block_m //= 2
     stages = _stages(shared, 2 * block_n * row, 2 * block_m * row, 2)
-    return Launch(8 if block_n >= 128 else 4, stages, block_m, block_n)
+    return Launch(8 if block_n >= 128 or row > 256 else 4, stages, block_m, block_n)
 
 
 def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
     small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
     block_r = min(_block_r(q), 64) if small else _block_r(q)
-    return Launch(
-        num_warps=8, num_stages=1 if small else 2, rows=32 if small else 64, block_r=max(16, block_r // halves)
-    )
+    return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, block_r // halves))
 
 
 def linear_k_config(k, halves):
     small = halves == 2 or _row_bytes(k) > 256 or shared_memory(k.device) <= SMALL_SHARED
-    return Launch(
-        num_warps=8, num_stages=1 if small else 2, rows=32 if small else 64, block_r=max(16, _block_r(k) // halves),
-        programs=528,
-    )  # fmt: skip
+    return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, _block_r(k) // halves), programs=528)

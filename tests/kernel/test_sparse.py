@@ -1,5 +1,6 @@
 """The kernels, under Triton's interpreter on CPU or on a GPU."""
 
+import gpu_rounding
 import pytest
 import torch
 from cases import Case, check
@@ -22,6 +23,14 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients_match_the_definition(case, device):
+    check(case, "triton", device)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[7], CASES[9]], ids=str)
+def test_float32_stands_a_gpus_rounding(case, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("a GPU rounds by itself")
+    gpu_rounding.use(monkeypatch)
     check(case, "triton", device)
 
 
