@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import exp2, listed_block, load_rows, masked_keys, num_listed_whole, place_in_block
+from .forward import exp2, listed_block, load_rows, masked_keys, num_listed_whole, num_rows, place_in_block
 from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
@@ -34,7 +34,8 @@ def _sparse_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
-    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk, scale, scale_log2,
+    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
+    scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
@@ -46,7 +47,7 @@ def _sparse_bwd_dq_kernel(
     one key has nearly all the weight, little but their rounding is left of the difference.
 
     Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of
-    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, Lq] float32.
+    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, num_rows] float32.
     """
     pid = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -76,7 +77,7 @@ def _sparse_bwd_dq_kernel(
     else:
         o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
         delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + bh * Lq + rows, mask=row_valid, other=float("inf"))
+    lse = tl.load(lse_ptr + bh * num_rows + rows, mask=row_valid, other=float("inf"))
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
@@ -126,7 +127,7 @@ def _sparse_bwd_dq_kernel(
             delta, dq = _dq_step(
                 q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, True, EXACT, PRECISION
             )
-    tl.store(delta_ptr + bh * Lq + rows, delta, mask=row_valid)
+    tl.store(delta_ptr + bh * num_rows + rows, delta, mask=row_valid | (not KEEP_Q))
 
     dq *= scale
     if HAS_LINEAR:
@@ -135,17 +136,25 @@ def _sparse_bwd_dq_kernel(
 
 
 @triton.jit
-def _dkdv_step(
-    q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv, stride_ql, stride_dl, cols,
-    scale_log2, D: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+def _load_queries(
+    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D: tl.constexpr
 ):  # fmt: skip
-    """One step over a tile of queries. Rows that are not there have lse = inf, hence p = 0."""
+    """Tiles of any rows. What is not valid has lse = inf, hence p = 0."""
     load = row_valid[:, None] & (cols[None, :] < D)
     at = rows.to(tl.int64)[:, None]
     q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
     do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
     lse = tl.load(lse_base + rows, mask=row_valid, other=float("inf"))
     delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
+    return q, do, lse, delta
+
+
+@triton.jit
+def _dkdv_step(
+    q, do, lse, delta, k, v, visible, dk, dv, scale_log2,
+    MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step over a tile of queries."""
     scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
     p = exp2(scores * scale_log2 - lse[None, :], EXACT)
     if MASKED:
@@ -162,8 +171,9 @@ def _sparse_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, starts_ptr, counts_ptr, list_ptr, mask_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
-    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, total, scale, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, num_rows, total,
+    scale, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -179,7 +189,6 @@ def _sparse_bwd_dkdv_kernel(
     bh_kv = tl.program_id(1).to(tl.int64)
     b = bh_kv // Hkv
     h_kv = bh_kv % Hkv
-    group = H // Hkv
     cols = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
     is_kept = pid < num_kept
@@ -204,13 +213,13 @@ def _sparse_bwd_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     PER_STEP: tl.constexpr = BLOCK_M // BLKQ if BLOCK_M > BLKQ else 1
     STEPS: tl.constexpr = BLKQ // BLOCK_M if BLOCK_M < BLKQ else 1  # steps per block
-    for g in range(0, group):
-        h = h_kv * group + g
+    for g in range(0, GROUP):
+        h = h_kv * GROUP + g
         bh = b * H + h
         q_base = q_ptr + b * stride_qb + h * stride_qh
         do_base = do_ptr + b * stride_db + h * stride_dh
-        lse_base = lse_ptr + bh * Lq
-        delta_base = delta_ptr + bh * Lq
+        lse_base = lse_ptr + bh * num_rows
+        delta_base = delta_ptr + bh * num_rows
         first = 0
         last = 0
         if not is_kept:
@@ -220,21 +229,32 @@ def _sparse_bwd_dkdv_kernel(
         if PER_STEP == 1:
             chosen = tl.load(list_base + first, mask=first < last, other=0)
             for step in range(first * STEPS, last * STEPS):
-                rows = q_first + chosen * BLKQ + step % STEPS * BLOCK_M + m
+                row = chosen * BLKQ + step % STEPS * BLOCK_M
                 chosen = tl.load(list_base + (step + 1) // STEPS, mask=step + 1 < last * STEPS, other=0)
-                dk, dv = _dkdv_step(
-                    q_base, do_base, lse_base, delta_base, rows, rows < q_end, k, v, visible, dk, dv,
-                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
-                )  # fmt: skip
+                if KEEP_Q:
+                    row += q_first
+                rows = row + m
+                row_valid = rows < q_end
+                load = row_valid[:, None] & (cols[None, :] < D)
+                q = tl.load((q_base + cols)[None, :] + (rows.to(tl.int64) * stride_ql)[:, None], mask=load, other=0.0)
+                do = tl.load((do_base + cols)[None, :] + (rows.to(tl.int64) * stride_dl)[:, None], mask=load, other=0.0)
+                if KEEP_Q:
+                    lse = tl.load(lse_base + row + m, mask=row_valid, other=float("inf"))
+                    delta = tl.load(delta_base + row + m, mask=row_valid, other=0.0)
+                else:
+                    lse = tl.load(lse_base + row + m)
+                    delta = tl.load(delta_base + row + m)
+                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
         else:
             for start in range(first, last, PER_STEP):
                 position = start + m // BLKQ
                 chosen = tl.load(list_base + position, mask=position < last, other=0)
                 rows = q_first + chosen * BLKQ + m % BLKQ
-                dk, dv = _dkdv_step(
-                    q_base, do_base, lse_base, delta_base, rows, (position < last) & (rows < q_end), k, v, visible,
-                    dk, dv, stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
-                )  # fmt: skip
+                row_valid = (position < last) & (rows < q_end)
+                q, do, lse, delta = _load_queries(
+                    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D
+                )
+                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
         if KEEP_Q or KEEP_K:
             front_end = q_first
             back = q_end
@@ -246,10 +266,10 @@ def _sparse_bwd_dkdv_kernel(
                 at_front = step < num_front_steps
                 rows = tl.where(at_front, step * BLOCK_M, back + (step - num_front_steps) * BLOCK_M) + m
                 row_valid = rows < tl.where(at_front, front_end, Lq)
-                dk, dv = _dkdv_step(
-                    q_base, do_base, lse_base, delta_base, rows, row_valid, k, v, visible, dk, dv,
-                    stride_ql, stride_dl, cols, scale_log2, D, HAS_MASK, EXACT, PRECISION,
-                )  # fmt: skip
+                q, do, lse, delta = _load_queries(
+                    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D
+                )
+                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
 
     dk *= scale
     g_offsets = b * stride_gb + h_kv * stride_gh + at * stride_gl + cols[None, :]
@@ -272,7 +292,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     num_q_blocks, topk = indices.shape[2:]
     num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
     starts, counts, listed = inverse
-    delta = torch.empty_like(lse)
+    delta, rows = torch.empty_like(lse), num_rows(Lq, blkq)
     ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
@@ -286,7 +306,7 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     _sparse_bwd_dq_kernel[(front + back + num_q_blocks * (blkq // config.block_m), B * H)](
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_q_blocks, topk, scale, scale_log2,
+        H, Hkv, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
         D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -296,7 +316,8 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks * (blkk // config.block_n), B * Hkv)](
         q, k, v, do, starts, counts, listed, key_mask, lse, delta, dk, dv,
         *strides, *dk.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_k_blocks, listed.shape[1], scale, scale_log2,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
+        H, Hkv, *ranges, front, front + back, num_k_blocks, rows, listed.shape[1], scale, scale_log2,
+        GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLKQ=blkq, BLKK=blkk, **flags,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

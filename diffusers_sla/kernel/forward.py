@@ -129,8 +129,8 @@ def _sparse_fwd_kernel(
     q_ptr, k_ptr, v_ptr, fq_ptr, indices_ptr, mask_ptr, m_ptr, z_ptr, a_ptr, bias_ptr, o_ptr, o_s_ptr, lse_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_fb, stride_fh, stride_fl, stride_ob, stride_oh, stride_ol,
-    H, Hkv, M_HEADS, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, topk,
-    scale_log2, eps,
+    H, Hkv, M_HEADS, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows,
+    topk, scale_log2, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, NEGATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr,
@@ -143,8 +143,8 @@ def _sparse_fwd_kernel(
     every key.
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
     m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
-    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H, Lq]
-    float32, base 2.
+    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H,
+    num_rows] float32, base 2.
     scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
@@ -225,8 +225,9 @@ def _sparse_fwd_kernel(
     o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
     o_offsets = o_base + cols[None, :]
     if SAVE:
-        lse = tl.where(empty, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
-        tl.store(lse_ptr + bh * Lq + rows, lse, mask=row_valid)
+        lse = tl.where(empty | ~row_valid, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
+        # Without kept queries the rows that fill up the last block are there, too: p = 0 in the backward.
+        tl.store(lse_ptr + bh * num_rows + rows, lse, mask=row_valid | (not KEEP_Q))
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D  # a whole [D, D] matrix at once, or row by row of tiles
     if SAVE or (HAS_A and not WHOLE):
         tl.store(o_s_ptr + o_offsets, acc.to(o_s_ptr.dtype.element_ty), mask=inside)
@@ -272,6 +273,11 @@ def _sparse_fwd_kernel(
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=inside)
 
 
+def num_rows(Lq, blkq):
+    """Length of the rows' statistics lse and delta: whole query blocks."""
+    return (Lq + blkq - 1) // blkq * blkq
+
+
 def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q, keep_k, feature_map, scale, eps, save):  # fmt: skip  # noqa: E501
     """Launch the forward. Returns o in q's order of strides; o_s and lse when `save`, else None."""
     B, H, Lq, D = q.shape
@@ -281,7 +287,7 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
     BLOCK_D = block_d(D)
     o = torch.empty_like(q)
     o_s = torch.empty_like(q) if save or (a is not None and config.block_r < BLOCK_D) else None
-    lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32) if save else None
+    lse = torch.empty((B, H, num_rows(Lq, blkq)), device=q.device, dtype=torch.float32) if save else None
     BLOCK_M = config.block_m
     num_front, num_back = cdiv(keep_q[0], BLOCK_M), cdiv(keep_q[1], BLOCK_M)
     num_kept = num_front + num_back
@@ -291,7 +297,8 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
         q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
         H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
-        Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks, topk,
+        Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks,
+        num_rows(Lq, blkq), topk,
         max(abs(scale) * math.log2(math.e), 1e-30), eps,  # never 0: it multiplies -inf
         D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, BLOCK_D),
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
-from .forward import sparse_fwd
+from .forward import num_rows, sparse_fwd
 from .linear import EPS, gather_sums, linear_bwd_k, linear_bwd_q, norm_of, scatter_sums_backward
 from .selection import indices_of, invert, prepare, select
 
@@ -113,7 +113,7 @@ def _(
     features = 2 * D if feature_map == "hedgehog" else D
     sums = linear == "all"
     return (
-        o, torch.empty_like(q), q.new_empty((B, H, Lq), dtype=torch.float32),
+        o, torch.empty_like(q), q.new_empty((B, H, num_rows(Lq, blkq)), dtype=torch.float32),
         q.new_empty((B, H, num_q_blocks, n), dtype=torch.int32), chosen,
         q.new_empty((B, Hkv, features, D), dtype=torch.float32) if sums else q.new_empty(0),
         q.new_empty((B, Hkv, 1, features), dtype=torch.float32) if sums else q.new_empty(0),
