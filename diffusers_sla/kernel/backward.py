@@ -237,7 +237,9 @@ def _sparse_bwd_dkdv_kernel(
                 row_valid = rows < q_end
                 load = row_valid[:, None] & (cols[None, :] < D)
                 q = tl.load((q_base + cols)[None, :] + (rows.to(tl.int64) * stride_ql)[:, None], mask=load, other=0.0)
-                do = tl.load((do_base + cols)[None, :] + (rows.to(tl.int64) * stride_dl)[:, None], mask=load, other=0.0)
+                do = tl.load(
+                    (do_base + cols)[None, :] + (rows.to(tl.int64) * stride_dl)[:, None], mask=load, other=0.0
+                )
                 if KEEP_Q:
                     lse = tl.load(lse_base + row + m, mask=row_valid, other=float("inf"))
                     delta = tl.load(delta_base + row + m, mask=row_valid, other=0.0)

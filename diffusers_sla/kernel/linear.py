@@ -87,11 +87,12 @@ def _linear_bwd_q_kernel(
     z = tl.load(z_ptr + m_at * D + own, mask=own_valid, other=0.0)
     # dM is kept transposed: so the tile that comes from memory is the one that is read across.
     dm_0 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-    dz_0 = tl.zeros([BLOCK_R], tl.float32)
+    # Sums over rows stay in their threads until the end: the rows of a warp of a product, or of a warp of a load.
+    dz_0 = tl.zeros([BLOCK_M // 16, 8, BLOCK_R], tl.float32)
     if NUM_HALVES == 2:
         dm_1 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
-        dz_1 = tl.zeros([BLOCK_R], tl.float32)
-    dbias = tl.zeros([BLOCK_D], tl.float32)
+        dz_1 = tl.zeros([BLOCK_M // 16, 8, BLOCK_R], tl.float32)
+    dbias = tl.zeros([16, BLOCK_D], tl.float32)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, num_tiles)):
         rows = q_first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_valid = rows < q_end
@@ -136,7 +137,7 @@ def _linear_bwd_q_kernel(
                 mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
             df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
-            dz = tl.sum(f * dden[:, None], 0)
+            dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
             f = (f * inv[:, None]).to(do.dtype)
             if half == 0:
                 dm_0 = tl.dot(tl.trans(do), f, dm_0, input_precision=PRECISION)
@@ -144,18 +145,18 @@ def _linear_bwd_q_kernel(
             else:
                 dm_1 = tl.dot(tl.trans(do), f, dm_1, input_precision=PRECISION)
                 dz_1 += dz
-        dbias += tl.sum(do.to(tl.float32), 0)
+        dbias += tl.sum(tl.reshape(do.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), 0)
         dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + own[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & own_valid[None, :])
     out = bh * tl.num_programs(0) + chunk
-    tl.store(dbias_ptr + out * D + cols, dbias, mask=(cols < D) & (tl.program_id(2) == 0))
+    tl.store(dbias_ptr + out * D + cols, tl.sum(dbias, 0), mask=(cols < D) & (tl.program_id(2) == 0))
     feature = out * NUM_HALVES * D + own
     tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_0).to(dm_ptr.dtype.element_ty), mask=square)
-    tl.store(dz_ptr + feature, dz_0, mask=own_valid)
+    tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_0, 0), 0), mask=own_valid)
     if NUM_HALVES == 2:
         feature += D
         tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_1).to(dm_ptr.dtype.element_ty), mask=square)  # fmt: skip  # noqa: E501
-        tl.store(dz_ptr + feature, dz_1, mask=own_valid)
+        tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
 
 @triton.jit(do_not_specialize=["Lk", "k_first", "k_end", "num_tiles", "tiles_per_chunk"])

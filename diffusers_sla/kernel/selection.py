@@ -51,7 +51,7 @@ def _sum_keys(
     pools = (c == 0) & (half == 0)  # one of the programs that share a chunk
     # Kept transposed: so the tile that comes from memory is the one that is read across.
     acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    z = tl.zeros([BLKK, BLOCK_D], tl.float32)
+    z = tl.zeros([16, BLOCK_D], tl.float32)  # rows 16 apart are one thread's
     first_block = chunk * blocks_per_chunk
     for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
         rows = k_first + j * BLKK + tl.arange(0, BLKK)
@@ -81,7 +81,7 @@ def _sum_keys(
             if NUM_HALVES == 2:
                 f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
             acc = tl.dot(tl.trans(v), f.to(v.dtype), acc, input_precision=PRECISION)
-            z += f
+            z += tl.sum(tl.reshape(f, [BLKK // 16, 16, BLOCK_D]), 0)
     if HAS_LINEAR:
         at = (bh * num_chunks + chunk) * NUM_HALVES + half
         ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
