@@ -127,22 +127,25 @@ def _prepare_kernel(
 @triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale"])  # fmt: skip  # noqa: E501
 def _select_kernel(
     q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
-    H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, topk, num_unskipped, scale,
+    H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program takes groups of ROWS query blocks in turn: scores, the topk-th largest by bisection, the list.
 
-    Grid: (any,). scratch: [grid, ROWS, num_k_blocks] uint32, one program's scores in an order-preserving encoding,
-    made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are all.
+    Grid: (any,). scratch: [grid, ROWS, num_keys] uint32, one program's scores in an order-preserving encoding, then
+    zeros; made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are all.
     indices: [B, H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3).
     Ties go to the lower index.
     """
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, TILE)
-    n = tl.arange(0, BLOCK_N)
-    scratch = scratch_ptr + (tl.program_id(0).to(tl.int64) * ROWS + r)[:, None] * num_k_blocks
+    # [ROWS, tiles, W]: so that a warp has whole rows, and counting needs no barrier.
+    W: tl.constexpr = BLOCK_N if BLOCK_N < 128 else 128
+    n = tl.arange(0, BLOCK_N // W)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (ROWS * num_keys)
+    scratch = scratch_ptr + r[:, None, None] * num_keys
     for group in range(tl.program_id(0), num_groups, tl.num_programs(0)):
         bh = (group // groups_per_head).to(tl.int64)
         rows = (group % groups_per_head) * ROWS + r
@@ -153,7 +156,7 @@ def _select_kernel(
             mask=row_valid[:, None] & (d[None, :] < D), other=0.0,
         )  # fmt: skip
         tl.debug_barrier()
-        for start in range(0, num_k_blocks, TILE):
+        for start in range(0, num_keys, TILE):
             j = start + t
             k = tl.load(
                 k_mean_ptr + (bh_kv * num_k_blocks + j)[:, None] * D + d[None, :],
@@ -164,70 +167,79 @@ def _select_kernel(
                 scores += tl.load(k_bias_ptr + bh_kv * num_k_blocks + j, mask=j < num_k_blocks, other=0.0)[None, :]
             bits = scores.to(tl.int32, bitcast=True)
             key = tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
-            tl.store(scratch + j[None, :], key, mask=j[None, :] < num_k_blocks)
+            tl.store(scratch_ptr + r[:, None] * num_keys + j[None, :], tl.where(j[None, :] < num_k_blocks, key, 0))
         tl.debug_barrier()
 
-        keys = tl.load(scratch + n[None, :], mask=n[None, :] < num_k_blocks, other=0)
-        cut = _nth_largest(scratch, keys, n, num_k_blocks, topk, ROWS, BLOCK_N, ONE)
-        ties = topk - _count_above(scratch, keys, n, num_k_blocks, cut, ROWS, BLOCK_N, ONE)
+        keys = tl.load(scratch + n)
+        cut = _nth_largest(scratch, keys, n, num_keys, topk, ROWS, BLOCK_N, ONE)
+        ties = (topk - _count_above(scratch, keys, n, num_keys, cut, BLOCK_N, ONE))[:, None, None]
         if HAS_SKIP:
-            low_cut = _nth_largest(scratch, keys, n, num_k_blocks, num_unskipped, ROWS, BLOCK_N, ONE)
-            low_ties = num_unskipped - _count_above(scratch, keys, n, num_k_blocks, low_cut, ROWS, BLOCK_N, ONE)
+            low_cut = _nth_largest(scratch, keys, n, num_keys, num_unskipped, ROWS, BLOCK_N, ONE)
+            low_ties = num_unskipped - _count_above(scratch, keys, n, num_keys, low_cut, BLOCK_N, ONE)
+        above_seen = tl.zeros([ROWS], tl.int32)
         equal_seen = tl.zeros([ROWS], tl.int32)
         low_equal_seen = tl.zeros([ROWS], tl.int32)
-        written = tl.zeros([ROWS], tl.int32)
-        at = bh * num_q_blocks + rows
-        for start in range(0, num_k_blocks, BLOCK_N):
+        at = (bh * num_q_blocks + rows)[:, None, None]
+        for start in range(0, num_keys, BLOCK_N):
             j = start + n
-            inside = j[None, :] < num_k_blocks
+            inside = j < num_k_blocks
             if not ONE:
-                keys = tl.load(scratch + j[None, :], mask=inside, other=0)
-            equal = ((keys == cut[:, None]) & inside).to(tl.int32)
-            rank = equal_seen[:, None] + tl.cumsum(equal, 1)
-            critical = inside & ((keys > cut[:, None]) | ((equal != 0) & (rank <= ties[:, None])))
-            equal_seen += tl.sum(equal, 1)
-            chosen = critical.to(tl.int32)
-            position = written[:, None] + tl.cumsum(chosen, 1) - 1
-            written += tl.sum(chosen, 1)
-            store = critical & row_valid[:, None]
-            tl.store(indices_ptr + at[:, None] * topk + position, tl.broadcast_to(j[None, :], [ROWS, BLOCK_N]), mask=store)  # fmt: skip  # noqa: E501
-            value = chosen
+                keys = tl.load(scratch + j)
+            above = keys > cut[:, None, None]
+            equal = (keys == cut[:, None, None]) & inside
+            # Both counts in one number: a tile has less than 2^15 keys.
+            upto, total = _running_sum(above.to(tl.int32) + (equal.to(tl.int32) << 16))
+            rank = equal_seen[:, None, None] + (upto >> 16)
+            critical = above | (equal & (rank <= ties))
+            position = above_seen[:, None, None] + (upto & 0xFFFF) + tl.minimum(rank, ties) - 1
+            above_seen += total & 0xFFFF
+            equal_seen += total >> 16
+            store = critical & row_valid[:, None, None]
+            tl.store(indices_ptr + at * topk + position, tl.broadcast_to(j, [ROWS, BLOCK_N // W, W]), mask=store)
+            value = critical.to(tl.int32)
             if HAS_SKIP:
-                low_equal = ((keys == low_cut[:, None]) & inside).to(tl.int32)
-                low_rank = low_equal_seen[:, None] + tl.cumsum(low_equal, 1)
-                low_equal_seen += tl.sum(low_equal, 1)
-                kept = (keys > low_cut[:, None]) | ((low_equal != 0) & (low_rank <= low_ties[:, None]))
-                value = tl.where(kept, chosen, -1)
-            tl.store(map_ptr + at[:, None] * num_k_blocks + j[None, :], value.to(tl.int8), mask=inside & row_valid[:, None])  # fmt: skip  # noqa: E501
+                low_equal = (keys == low_cut[:, None, None]) & inside
+                low_upto, low_total = _running_sum(low_equal.to(tl.int32))
+                low_rank = low_equal_seen[:, None, None] + low_upto
+                low_equal_seen += low_total
+                kept = (keys > low_cut[:, None, None]) | (low_equal & (low_rank <= low_ties[:, None, None]))
+                value = tl.where(kept, value, -1)
+            tl.store(map_ptr + at * num_k_blocks + j, value.to(tl.int8), mask=inside & row_valid[:, None, None])
 
 
 @triton.jit
-def _count(scratch, keys, n, num_k_blocks, bound, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """Per row the number of keys >= bound. `keys` is the first tile, all there are if ONE."""
-    found = tl.sum(((n[None, :] < num_k_blocks) & (keys >= bound[:, None])).to(tl.int32), 1)
+def _running_sum(x):
+    """Sums of x [ROWS, tiles, W] up to and with each place of its row, and whole rows' [ROWS]."""
+    totals = tl.sum(x, 2)
+    before = tl.cumsum(totals, 1) - totals
+    return tl.cumsum(x, 2) + before[:, :, None], tl.sum(totals, 1)
+
+
+@triton.jit
+def _count(scratch, keys, n, num_keys, bound, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+    """Per row the number of keys >= bound > 0. `keys` is the first tile, all there are if ONE."""
+    found = tl.sum((keys >= bound[:, None, None]).to(tl.int32), 1)
     if not ONE:
-        for start in range(BLOCK_N, num_k_blocks, BLOCK_N):
-            inside = (start + n)[None, :] < num_k_blocks
-            key = tl.load(scratch + (start + n)[None, :], mask=inside, other=0)
-            found += tl.sum((inside & (key >= bound[:, None])).to(tl.int32), 1)
-    return found
+        for start in range(BLOCK_N, num_keys, BLOCK_N):
+            found += tl.sum((tl.load(scratch + start + n) >= bound[:, None, None]).to(tl.int32), 1)
+    return tl.sum(found, 1)
 
 
 @triton.jit
-def _count_above(scratch, keys, n, num_k_blocks, bound, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+def _count_above(scratch, keys, n, num_keys, bound, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
     """Per row the number of keys > bound."""
-    above = _count(scratch, keys, n, num_k_blocks, bound + 1, ROWS, BLOCK_N, ONE)
+    above = _count(scratch, keys, n, num_keys, bound + 1, BLOCK_N, ONE)
     return tl.where(bound == 0xFFFFFFFF, 0, above)
 
 
 @triton.jit
-def _nth_largest(scratch, keys, n, num_k_blocks, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+def _nth_largest(scratch, keys, n, num_keys, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
     """Per row the `count`-th largest key: [ROWS] uint32, found bit by bit from the top."""
     cut = tl.zeros([ROWS], tl.uint32)
     bit = tl.full([ROWS], 1, tl.uint32) << 31
     for _ in range(32):
         candidate = cut | bit
-        cut = tl.where(_count(scratch, keys, n, num_k_blocks, candidate, ROWS, BLOCK_N, ONE) >= count, candidate, cut)
+        cut = tl.where(_count(scratch, keys, n, num_keys, candidate, BLOCK_N, ONE) >= count, candidate, cut)
         bit = bit >> 1
     return cut
 
@@ -328,14 +340,16 @@ def select(q_mean, k_mean, k_bias, topk, skip, scale, dtype):
     programs = min(num_groups, config.programs)
     # A power of two, so that few lengths need a kernel of their own.
     BLOCK_N = max(16, min(config.block_n, 1 << (num_k_blocks - 1).bit_length()))
-    scratch = torch.empty((programs, config.rows, num_k_blocks), device=q_mean.device, dtype=torch.int32)
+    num_keys = cdiv(num_k_blocks, BLOCK_N) * BLOCK_N
+    scratch = torch.empty((programs, config.rows, num_keys), device=q_mean.device, dtype=torch.int32)
     indices = torch.empty((B, H, num_q_blocks, n), device=q_mean.device, dtype=torch.int32)
     block_map = torch.empty((B, H, num_q_blocks, num_k_blocks), device=q_mean.device, dtype=torch.int8)
     _select_kernel[(programs,)](
         q_mean, k_mean, k_bias, scratch.view(torch.uint32), indices, block_map,
-        H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, n, num_k_blocks - num_skipped, scale,
-        D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=config.block_c, BLOCK_N=BLOCK_N,
-        ONE=num_k_blocks <= BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
+        H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys,
+        n, num_k_blocks - num_skipped, scale,
+        D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
+        ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
         PRECISION=rounded_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return indices, block_map

@@ -18,6 +18,19 @@ def test_the_choice_is_the_definitions(impl, skip, device):
     assert (chosen == -1).sum(-1).unique().tolist() == [int(skip * 9)]
 
 
+@pytest.mark.parametrize("num_k_blocks", [512, 513, 1300])
+def test_many_blocks_are_read_a_tile_at_a_time(num_k_blocks, device):
+    torch.manual_seed(0)
+    q, k = (
+        torch.randn(1, 1, 40, 16, device=device),
+        torch.randn(1, 1, 16 * num_k_blocks - 3, 16, device=device).round(),
+    )
+    k[..., 16 * 200 : 16 * 400, :] = 0.0  # ties across tiles
+    settings = {"topk": 0.4, "blkq": 16, "blkk": 16, "skip": 0.4}
+    chosen = select_blocks(q, k, **settings, impl="triton")
+    assert torch.equal(chosen, select_blocks(q, k, **settings, impl="reference"))
+
+
 @pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
 def test_ties_go_to_the_lower_index(impl, device):
     q = k = torch.ones(1, 1, 64, 16, device=device)
