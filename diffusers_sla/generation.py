@@ -165,6 +165,8 @@ def generate(pipe: Any, request: Request, *, on_step: OnStep | None = None) -> G
     arguments = request.arguments(pipe)
     device = torch.device(getattr(pipe, "_execution_device", pipe.device))
     total = request.num_steps(pipe)
+    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+        arguments["output_type"] = "pil"  # some give arrays of their own
     with stepping(pipe, lambda step: on_step(step, total) if on_step else None):
         _wait(device)
         start = time.perf_counter()

@@ -2,10 +2,11 @@ import importlib.util
 import inspect
 
 import imageio.v3
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import tiny_dit
+from pipelines import SIZES, make_pipeline, tiny_dit
 
 from diffusers_sla import SLAConfigError, SLAUnsupportedError
 from diffusers_sla.generation import Request, generate, load_pipeline, save_frames, stepping
@@ -66,6 +67,18 @@ def test_generate_is_the_pipelines_own_call_and_counts_its_steps():
     assert result.frames == expected
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_frames_are_images_where_the_pipeline_gives_arrays_by_itself():
+    """Numbers from 0 to 1 taken for pixels up to 255 made every comparison of Wan videos look 48 dB better."""
+    pipe = make_pipeline("wan")
+    frames = generate(pipe, Request(prompt="a red cat", steps=1, guidance_scale=1.0, **SIZES["wan"])).frames
+    arrays = pipe(
+        "a red cat", num_inference_steps=1, guidance_scale=1.0, generator=torch.Generator().manual_seed(0),
+        **SIZES["wan"],
+    ).frames[0]  # fmt: skip
+    assert [frame.size for frame in frames] == [(64, 64)] * 5
+    assert np.abs(np.stack([np.asarray(frame) for frame in frames]) - 255 * arrays).max() < 1
 
 
 def test_what_on_step_raises_ends_the_generation():
