@@ -85,7 +85,7 @@ class Comparison:
         saved = 1 - result.attention_flops / dense.attention_flops
         return {
             "": result.name,
-            "s/image": f"{result.seconds:.2f}",
+            "s/image" if len(dense.frames) == 1 else "s/video": f"{result.seconds:.2f}",
             "s in attention": f"{result.attention_seconds:.2f}",
             "attention speed-up": f"{dense.attention_seconds / result.attention_seconds:.2f}x",
             "blocks exact": f"{result.exact_share:.1%}",

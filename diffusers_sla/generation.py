@@ -215,6 +215,9 @@ def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
 def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 16) -> Path:
     """Write an image, or a video as .mp4, .gif or .webp, making the folder where there is none.
 
+    An .mp4 is H.264 in 4:2:0, which every browser plays, fine enough to compare: about 3 MB for 81 noisy frames of
+    832x480.
+
     Raises:
         SLAConfigError: The file's suffix does not suit what there is to write.
         SLAUnsupportedError: What writes .mp4 is not installed.
@@ -234,7 +237,7 @@ def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 1
             )
         from diffusers.utils import export_to_video
 
-        export_to_video(frames, str(path), fps=fps)
+        export_to_video(frames, str(path), fps=fps, quality=7)  # 5, the default, smooths grain away
     else:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
     return path

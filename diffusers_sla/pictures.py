@@ -57,15 +57,21 @@ def where_a_block_looks(view: LayerView, frames: Sequence[Image.Image], head: in
     return pictures
 
 
-def branch_images(view: LayerView, frames: Sequence[Image.Image], head: int) -> tuple[Image.Image, Image.Image]:
-    """Length of what the sparse and the linear branch add to each token of the middle frame, on one scale of colours.
+def branch_images(
+    view: LayerView, frames: Sequence[Image.Image], head: int, frame: int | None = None
+) -> tuple[Image.Image, Image.Image]:
+    """Length of what the sparse and the linear branch add to each token of a frame, on one scale of colours.
+
+    Args:
+        frame: Index in `frames`; the middle one when None.
 
     Raises:
         ValueError: See `LayerView.grid`.
     """
     grid = view.grid(frames)
+    t = grid[0] // 2 if frame is None else frame * grid[0] // len(frames)
     inner = slice(view.kept[0], view.num_tokens - view.kept[1])
-    norms = [norm[head, inner].reshape(grid)[grid[0] // 2] for norm in (view.sparse_norm, view.linear_norm)]
+    norms = [norm[head, inner].reshape(grid)[t] for norm in (view.sparse_norm, view.linear_norm)]
     top = max(float(norm.max()) for norm in norms) or 1.0
     colours = [(colormaps["cividis"](norm / top)[..., :3] * 255).astype(np.uint8) for norm in norms]
     sparse, linear = (Image.fromarray(c).resize(frames[0].size, Image.Resampling.NEAREST) for c in colours)

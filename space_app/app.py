@@ -1,8 +1,10 @@
 """The Space: see what Sparse-Linear Attention does. `make space`, or `python space_app/app.py`."""
 
 import html
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -29,6 +31,8 @@ table.numbers { border-collapse: collapse; border: 0 !important; width: 100%;
 table.numbers th, table.numbers td { padding: 4px 8px; text-align: right; border: 0;
         border-bottom: 1px solid var(--border-color-primary); color: var(--body-text-color); }
 table.numbers th { font-weight: 600; }
+table.numbers tr { border: 0 !important; }
+table.numbers td { white-space: nowrap; }
 table.numbers tr > :first-child { text-align: left; white-space: nowrap; }
 table.bars td.bar { width: 60%; } table.bars td.bar div { height: 0.8em; background: var(--color-accent); }
 table.numbers caption { text-align: left; padding: 4px 8px; color: var(--body-text-color); opacity: 0.85; }
@@ -73,6 +77,8 @@ def build(served: serving.Served) -> gr.Blocks:
             load_tab.build(served, loaded)
         with gr.Tab("Speed"):
             speed_tab.build(served)
+        if served.is_video:
+            page.load(None, None, None, js=compare_tab.IN_STEP)
     page.queue(max_size=20, default_concurrency_limit=4)
     return page
 
@@ -90,12 +96,15 @@ def page() -> gr.Blocks:
         return page
 
 
-def main() -> None:
+def main(**launch: Any) -> None:
+    """Serve the page. `launch`: more arguments of gr.Blocks.launch."""
+    os.environ.setdefault("GRADIO_RESET_EXAMPLES_CACHE", "True")  # examples of another model, version or machine
     page().launch(
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=CSS,
         show_error=False,
         ssr_mode=False,
+        **launch,
     )
 
 

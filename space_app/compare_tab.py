@@ -1,7 +1,11 @@
 """Compare: one seed, dense and with SLA, side by side."""
 
+import contextlib
 import html
 import tempfile
+import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,15 +16,38 @@ from diffusers_sla.compare import Comparison, Variant, compare
 from diffusers_sla.generation import save_frames
 
 TRAINED, UNTRAINED = "SLA, trained", "SLA, untrained"
-BOTH_AT_ONCE = """
-() => { const v = [...document.querySelectorAll('#side-by-side video')];
-        v.forEach(x => { x.loop = true; x.currentTime = 0; x.play(); }); }
+VIDEOS = Path(tempfile.gettempdir()) / "sla-space-videos"
+KEPT_SECONDS = 3600
+# Run once per page. Two videos that loop by themselves drift apart: both start again when both have ended, and what a
+# visitor does to one (play, pause, seek) happens to the other.
+IN_STEP = """
+() => {
+  const pair = () => [...document.querySelectorAll('#side-by-side video')];
+  const play = (video) => video.play().catch(() => {});
+  const start = () => {
+    const videos = pair();
+    if (videos.length < 2 || videos.some((video) => video.readyState < 2)) return;
+    videos.forEach((video) => { video.muted = video.playsInline = true; video.currentTime = 0; });
+    videos.forEach(play);
+  };
+  const on = (event, act) => document.addEventListener(event, ({ target }) => {
+    const videos = pair();
+    if (videos.length === 2 && videos.includes(target)) act(target, videos.find((video) => video !== target));
+  }, true);
+  on('loadeddata', start);
+  on('ended', (one, other) => { if (other.ended) start(); });
+  on('play', (one, other) => { if (other.paused && other.readyState >= 2) play(other); });
+  on('pause', (one, other) => { if (one.paused && !one.ended) other.pause(); });
+  on('seeking', (one, other) => {
+    if (Math.abs(one.currentTime - other.currentTime) > 0.05) other.currentTime = one.currentTime;
+  });
+}
 """
 
 
 def build(served: Served, loaded: gr.State) -> None:
     """Lay out the tab. `loaded`: repository whose projections this visitor loaded, or None."""
-    results = gr.State([], time_to_live=3600)
+    results = gr.State([], time_to_live=KEPT_SECONDS)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
             form = request_form.build(served)
@@ -35,7 +62,7 @@ def build(served: Served, loaded: gr.State) -> None:
             show = gr.Radio([], label="Left and right", visible=False)
             if served.is_video:
                 with gr.Row():
-                    pictures = [gr.Video(label=side, autoplay=True, loop=True) for side in ("Left", "Right")]
+                    pictures = [gr.Video(label=side, autoplay=True) for side in ("Left", "Right")]
             else:
                 pictures = [gr.ImageSlider(label="Left: dense. Right: SLA.", format="png", type="pil", max_height=560)]
             cards = gr.HTML(_waiting(served), label="Numbers", padding=False)
@@ -43,7 +70,9 @@ def build(served: Served, loaded: gr.State) -> None:
                 numbers = gr.JSON(label="Numbers", show_label=False)
 
     def seconds(*inputs):
-        return 30 + 12 * int(inputs[3]) * (3 if served.is_video else 1)
+        *fields, with_untrained, repository = inputs
+        trained = repository or served.trained()
+        return served.gpu_seconds(fields[3], 1 + len(_variants(None, trained, with_untrained)))
 
     @on_gpu(seconds)
     def on_run(
@@ -68,7 +97,7 @@ def build(served: Served, loaded: gr.State) -> None:
             gr.Radio(pairs, value=pairs[0], visible=len(pairs) > 1), kept,
         ]  # fmt: skip
 
-    @on_gpu(lambda subject, seed: 30 + 12 * served.model.steps)
+    @on_gpu(lambda subject, seed: served.gpu_seconds(served.model.steps, 2))
     def on_example(subject, seed):
         """The example's comparison with the page's own settings; Gradio keeps it for the next visitor."""
         model = served.model
@@ -89,8 +118,6 @@ def build(served: Served, loaded: gr.State) -> None:
         on_run, [*form.inputs, both, loaded], outputs, api_name="compare", concurrency_id="model", concurrency_limit=1,
         show_progress="hidden",
     )  # fmt: skip
-    if served.is_video:
-        running.then(None, None, None, js=BOTH_AT_ONCE)
     stop.click(None, None, None, cancels=[running], api_visibility="private").then(
         lambda: "<p class='hint'>Stopped.</p>", None, cards, api_visibility="private"
     )
@@ -114,10 +141,14 @@ def _variants(config, trained, with_untrained) -> list[Variant]:
 
 
 def _shown(frames) -> Any:
+    """An image, or the path of a video: H.264 in 4:2:0, which every browser plays. Old ones are deleted."""
     if len(frames) == 1:
         return frames[0]
-    with tempfile.NamedTemporaryFile(suffix=".mp4", delete=False) as file:
-        return str(save_frames(frames, file.name))
+    for path in VIDEOS.glob("*.mp4"):
+        with contextlib.suppress(FileNotFoundError):  # another did it
+            if path.stat().st_mtime < time.time() - 2 * KEPT_SECONDS:
+                path.unlink()
+    return str(save_frames(frames, VIDEOS / f"{uuid.uuid4().hex}.mp4"))
 
 
 def _pair(served, kept, pair):
@@ -152,9 +183,10 @@ def _cards(comparison: Comparison, served: Served) -> str:
     )
     tiles = "".join(f"<div class='card'><b>{value}</b><span>{label}</span></div>" for value, label in cards)
     where = f"{comparison.steps} steps, {comparison.dtype} on {comparison.device}, torch {comparison.torch_version}"
+    what = "video" if served.is_video else "image"
     warm = "Nothing was run to warm up." if served.on_cpu else "One step of each ran before it was timed."
     return (
         f"<div class='cards'>{tiles}</div><div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div><p class='hint'>{html.escape(where)}. {warm} PSNR and SSIM are against "
-        "dense with the same seed: another image is not a worse one, look at both.</p>"
+        f"dense with the same seed: another {what} is not a worse one, look at both.</p>"
     )

@@ -3,6 +3,7 @@
 import html
 
 import gradio as gr
+import numpy as np
 import request_form
 from PIL import Image
 from serving import Progress, Served, answered, on_gpu, streamed
@@ -32,6 +33,10 @@ def build(served: Served, loaded: gr.State) -> None:
                 layer = gr.Dropdown([], label="Layer", min_width=160)
                 head = gr.Slider(0, 1, 0, step=1, label="Head", min_width=120)
                 block = gr.Slider(0, 1, 0, step=1, label="Query block", info="Or click on the image.", min_width=120)
+            frame = gr.Slider(
+                0, 1, 0, step=1, label="Frame", info="As the model has them: each stands for a few of the video.",
+                visible=served.is_video,
+            )  # fmt: skip
             with gr.Row():
                 looks = gr.Image(
                     label="Where this block looks",
@@ -61,7 +66,7 @@ def build(served: Served, loaded: gr.State) -> None:
 
     views = [looks, blocks, sparse, linear, words]
 
-    @on_gpu(lambda *inputs: 30 + 6 * int(inputs[3]) * (3 if served.is_video else 1))
+    @on_gpu(lambda *inputs: served.gpu_seconds(inputs[3], 1))
     def on_run(
         subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps,
         step, repository
@@ -89,13 +94,16 @@ def build(served: Served, loaded: gr.State) -> None:
         names = list(inside.layers)
         name = names[len(names) // 2]
         heads, num_blocks = inside.layers[name].block_map.shape[:2]
+        _thin_out(inside, inside.layers[name])
+        at_frame = _frame_of(inside, name, num_blocks // 2)
         yield [
-            "", *_draw(inside, name, 0, num_blocks // 2), _bars(inside), inside,
+            "", *_draw(inside, name, 0, num_blocks // 2, at_frame), _bars(inside), inside,
             gr.Dropdown([(_short(n), n) for n in names], value=name), gr.Slider(0, max(1, heads - 1), 0, step=1),
             gr.Slider(0, max(1, num_blocks - 1), num_blocks // 2, step=1),
+            gr.Slider(0, max(1, len(inside.frames) - 1), at_frame, step=1),
         ]  # fmt: skip
 
-    outputs = [status, *views, errors, kept, layer, head, block]
+    outputs = [status, *views, errors, kept, layer, head, block, frame]
     running = run.click(
         on_run, [*form.inputs, at, loaded], outputs, api_name="inside", concurrency_id="model", concurrency_limit=1,
         show_progress="hidden",
@@ -103,37 +111,69 @@ def build(served: Served, loaded: gr.State) -> None:
     stop.click(None, None, None, cancels=[running], api_visibility="private").then(
         lambda: "<p class='hint'>Stopped.</p>", None, status, api_visibility="private"
     )
-    for component in (layer, head, block):
-        component.input(_redraw, [kept, layer, head, block], views, api_visibility="private", show_progress="hidden")
-    looks.select(_clicked, [kept, layer], block, api_visibility="private", show_progress="hidden").then(
-        _redraw, [kept, layer, head, block], views, api_visibility="private", show_progress="hidden"
+    quiet = dict(api_visibility="private", show_progress="hidden")
+    for component in (layer, head, frame):
+        component.input(_redraw, [kept, layer, head, block, frame], views, **quiet)
+    block.input(_followed, [kept, layer, block], frame, **quiet).then(
+        _redraw, [kept, layer, head, block, frame], views, **quiet
+    )
+    looks.select(_clicked, [kept, layer, frame], block, **quiet).then(
+        _redraw, [kept, layer, head, block, frame], views, **quiet
     )
 
 
-def _redraw(inside, name, head, block):
+def _redraw(inside, name, head, block, frame):
     if inside is None:
         raise gr.Error("Please press Generate and look first.", print_exception=False)
-    return answered(lambda: _draw(inside, name, head, block))
+    return answered(lambda: _draw(inside, name, head, block, frame))
 
 
-def _draw(inside: Inside, name: str, head: int, block: int) -> list:
-    """Pictures and words of one layer, head and query block."""
+def _followed(inside, name, block):
+    """The frame of the chosen query block."""
+    return gr.skip() if inside is None else answered(lambda: _frame_of(inside, name, block))
+
+
+def _frame_of(inside: Inside, name: str, block: int) -> int:
     view = inside.layers[name]
+    t, rows, columns = view.grid(inside.frames)
+    return min(int(block) * view.config.blkq // (rows * columns), t - 1) * len(inside.frames) // t
+
+
+def _thin_out(inside: Inside, view) -> None:
+    """Of a video, keep the frames that the tokens tell apart: what a visitor looks at stays in memory for an hour."""
+    count, t = len(inside.frames), view.grid(inside.frames)[0]
+    inside.frames = [inside.frames[-(-i * count // t)] for i in range(t)]
+
+
+def _draw(inside: Inside, name: str, head: int, block: int, frame: int) -> list:
+    """Pictures and words of one layer, head, query block and frame."""
+    view = inside.layers[name]
+    frame = min(int(frame), len(inside.frames) - 1)
     heads, num_q_blocks, num_k_blocks = view.block_map.shape
     head, block = min(int(head), heads - 1), min(int(block), num_q_blocks - 1)
     row = view.block_map[head, block]
-    sparse, linear = branch_images(view, inside.frames, head)
+    sparse, linear = branch_images(view, inside.frames, head, frame)
     share = float(view.linear_norm[head].mean() / (view.sparse_norm[head].mean() + 1e-12))
     text = sum(view.kept)
     words = (
         f"Layer **{_short(name)}**, head {head}, step {inside.step}: query block {block} attends exactly to "
-        f"**{int((row == 1).sum())} of {num_k_blocks}** key blocks. The linear branch adds {share:.0%} of what the "
-        f"sparse one does; the layer's output is **{inside.errors[name]:.1%}** off dense attention."
-        + (f" {text} text tokens are always attended to." if text else "")
+        f"**{int((row == 1).sum())} of {num_k_blocks}** key blocks{_in_frames(view, inside, row)}. The linear branch "
+        f"adds {share:.0%} of what the sparse one does; the layer's output is **{inside.errors[name]:.1%}** off dense "
+        "attention." + (f" {text} text tokens are always attended to." if text else "")
     )
     looks = where_a_block_looks(view, inside.frames, head, block)
-    picture, sparse, linear = (_large(picture) for picture in (looks[len(looks) // 2], sparse, linear))
+    picture, sparse, linear = (_large(picture) for picture in (looks[frame], sparse, linear))
     return [picture, block_map_image(view.block_map[head]), sparse, linear, words]
+
+
+def _in_frames(view, inside: Inside, row) -> str:
+    """Over how many frames a query block's critical blocks spread."""
+    t, rows, columns = view.grid(inside.frames)
+    if t == 1:
+        return ""
+    tokens = np.arange(t * rows * columns)
+    seen = np.unique(tokens[row[tokens // view.config.blkk] == 1] // (rows * columns))
+    return f", in {len(seen)} of {t} frames"
 
 
 def _enlargement(width: int) -> int:
@@ -159,14 +199,13 @@ def _bars(inside: Inside) -> str:
     )
 
 
-def _clicked(inside, name, event: gr.SelectData):
+def _clicked(inside, name, frame, event: gr.SelectData):
     """The query block under a click on the image."""
     if inside is None or name not in inside.layers:
         return gr.skip()
-    view = inside.layers[name]
-    factor, middle = _enlargement(inside.frames[0].width), len(inside.frames) // 2
+    view, factor = inside.layers[name], _enlargement(inside.frames[0].width)
     x, y = (int(position) // factor for position in event.index)
-    return answered(lambda: view.block_at(x, y, inside.frames, middle))
+    return answered(lambda: view.block_at(x, y, inside.frames, int(frame)))
 
 
 def _short(name: str) -> str:

@@ -62,7 +62,7 @@ def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, fea
         gr.Error: The prompt is empty or too long.
     """
     model = served.model
-    if not isinstance(steps, int | float) or not 1 <= steps <= model.max_steps:
+    if not served.allows(steps):
         raise gr.Error(f"Steps must be from 1 to {model.max_steps}, got {steps!r:.40}.", print_exception=False)
     subject = checked_prompt(subject)
     request = Request(

@@ -58,6 +58,15 @@ def test_the_branches_share_one_scale_of_colours():
     assert linear.min() == linear.max()
 
 
+def test_what_the_branches_add_is_of_the_frame_asked_for():
+    video, frames = view(), [Image.new("RGB", (80, 80))] * 4  # 16 tokens a frame
+    video.sparse_norm = np.repeat(np.arange(4, dtype=np.float32), 16)[None]
+    video.linear_norm = np.full((1, 64), 3.0, np.float32)
+    seen = [np.asarray(branch_images(video, frames, 0, frame)[0]).sum() for frame in (0, 1, 2, 3, None)]
+    assert seen[0] < seen[1] < seen[2] < seen[3]
+    assert seen[4] == seen[2]
+
+
 def test_tokens_that_are_no_grid_are_refused():
     with pytest.raises(ValueError, match="64 tokens are no grid over 1 frames of 80x17"):
         where_a_block_looks(view(), [Image.new("RGB", (80, 17))], 0, 0)

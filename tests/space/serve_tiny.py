@@ -1,10 +1,12 @@
-"""Serve the Space with a tiny random pipeline: `serve_tiny.py FOLDER`, which gets the pipeline and a trained state.
+"""Serve the Space with tiny random pipelines: `serve_tiny.py FOLDER sample=PORT wan=PORT sdxl=PORT`, or some of them.
 
-tests/ and space_app/ must be on the path.
+FOLDER gets the pipelines and a trained state of each. tests/ and space_app/ must be on the path.
 """
 
 import json
+import os
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,16 @@ import app
 import serving
 import speed_tab
 import torch
-from pipelines import tiny_dit
+from pipelines import make_pipeline, tiny_dit
 
 from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights, sla_parameters
+
+# What takes the place of each model: the pipeline and what its page starts with.
+TINY = {
+    "sample": (tiny_dit, {"subjects": ("cat", "dog")}),
+    "wan": (lambda: make_pipeline("wan"), {"height": 112, "width": 192, "num_frames": 17}),  # 5 x 7 x 12 tokens
+    "sdxl": (lambda: make_pipeline("sdxl"), {"height": 64, "width": 64}),  # 256 tokens
+}
 
 
 def records(path):
@@ -28,19 +37,29 @@ def records(path):
     path.write_text(json.dumps([record.to_dict() for record in found]))
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    pipe = tiny_dit()
+def put_in_place(name, folder):
+    """The tiny pipeline `name` and a state for it, into a folder and into MODELS."""
+    make, facts = TINY[name]
+    pipe = make()
     pipe.save_pretrained(folder / "model")
     apply_sla(pipe)
     with torch.no_grad():
         for parameter in sla_parameters(pipe):
             parameter.normal_()
     save_sla_weights(pipe, folder / "state")
-    serving.MODELS["sample"] = replace(
-        serving.MODELS["sample"], title="a tiny pipeline", source=str(folder / "model"), state=str(folder / "state"),
-        subjects=("cat", "dog"), steps=4,
+    serving.MODELS[name] = replace(
+        serving.MODELS[name], title="a tiny pipeline", source=str(folder / "model"), state=str(folder / "state"),
+        steps=4, **facts,
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    ports = dict(argument.split("=") for argument in sys.argv[2:])
     records(folder / "benchmarks" / "tiny.json")
     speed_tab.HERE = folder
-    app.main()
+    for name, port in ports.items():
+        put_in_place(name, folder / name)
+        os.environ["SPACE_MODEL"] = name
+        app.main(server_port=int(port), prevent_thread_lock=True)
+    threading.Event().wait()

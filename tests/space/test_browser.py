@@ -27,7 +27,7 @@ def visit(browser, space):
     """Opens the page in a look; afterwards nothing may have gone wrong in the browser."""
     problems, contexts = [], []
 
-    def open_page(look):
+    def open_page(look, model="sample"):
         width, height, theme = LOOKS[look]
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
         contexts.append(context)
@@ -35,7 +35,7 @@ def visit(browser, space):
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-        page.goto(f"{space.url}/?__theme={theme}")
+        page.goto(f"{space.urls[model]}/?__theme={theme}")
         page.get_by_role("heading", name="Sparse-Linear Attention").wait_for()
         return page
 
@@ -103,6 +103,80 @@ def test_every_tab_works(visit, look):
     page.get_by_text("sla", exact=True).first.wait_for()
     shot(page, f"{look}-speed")
     assert fits(page)
+
+
+@pytest.mark.parametrize("look", ["light", "phone"])
+def test_videos_run_side_by_side_and_in_step(visit, look):
+    page = visit(look, "wan")
+    page.get_by_label("Prompt").first.fill("a red cat on the grass")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".cards").wait_for()
+    videos = page.locator("#side-by-side video")
+    expect(videos).to_have_count(2)
+    for i in range(2):
+        expect(videos.nth(i)).to_have_js_property("videoWidth", 192)
+    expect(page.locator("#side-by-side")).to_contain_text("s/video")
+    if look == "light":
+        page.wait_for_function(AFTER_TWO_LOOPS)
+    # what a visitor does to one happens to the other
+    videos.last.evaluate("video => video.pause()")
+    expect(videos.first).to_have_js_property("paused", True)
+    videos.last.evaluate("video => { video.currentTime = 0.5; }")
+    expect(videos.first).to_have_js_property("currentTime", 0.5)
+    shot(page, f"{look}-video-compare")
+    videos.first.evaluate("video => { video.play(); }")
+    expect(videos.last).to_have_js_property("paused", False)
+    before = videos.last.get_attribute("src")
+    page.get_by_role("radio", name="dense | SLA, untrained").check()
+    expect(videos.last).not_to_have_attribute("src", before)
+    expect(videos.first).to_have_js_property("paused", False)
+    assert fits(page)
+
+    page.get_by_role("tab", name="Inside").click()
+    page.get_by_role("button", name="Generate and look").click()
+    page.get_by_text("attends exactly to").wait_for()
+    frame, block = (page.get_by_label(f"number input for {name}") for name in ("Frame", "Query block"))
+    expect(block).to_have_value("3")
+    expect(frame).to_have_value("2")  # 192 tokens lie before the block, 84 in a frame
+    block.fill("6")
+    block.press("Enter")
+    page.get_by_text("query block 6 attends exactly to").wait_for()
+    expect(frame).to_have_value("4")
+    picture = page.locator("#looks img").last
+    before = picture.get_attribute("src")
+    frame.fill("0")
+    frame.press("Enter")
+    expect(picture).not_to_have_attribute("src", before)
+    shot(page, f"{look}-video-inside")
+    assert fits(page)
+
+
+AFTER_TWO_LOOPS = """
+() => {
+  const videos = [...document.querySelectorAll('#side-by-side video')];
+  if (videos.length < 2 || videos.some((video) => video.readyState < 3)) return false;
+  const apart = Math.abs(videos[0].currentTime - videos[1].currentTime);
+  if (!videos[0].ends) {
+    videos[0].ends = [0];
+    videos[0].addEventListener('ended', () => videos[0].ends.push(0));
+  }
+  const ends = videos[0].ends;
+  if (apart < 1) ends[ends.length - 1] = Math.max(ends[ends.length - 1], apart);
+  return ends.length > 3 && ends.slice(1, 3).every((most) => most < 0.0625);
+}
+"""
+
+
+def test_a_prompt_makes_an_image(visit):
+    page = visit("light", "sdxl")
+    page.get_by_label("Prompt").first.fill("")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_text("Please say what to generate.").wait_for()
+    page.get_by_label("Prompt").first.fill("猫 🐈 <img src=x onerror=alert(1)>")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator(".cards").wait_for()
+    expect(page.locator("#side-by-side img").first).to_have_js_property("naturalWidth", 64)
+    shot(page, "light-prompt-compare")
 
 
 def open_tab(page, name):

@@ -4,6 +4,7 @@ import re
 import time
 from pathlib import Path
 
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,10 @@ from huggingface_hub import HfApi
 from models import make
 from PIL import Image
 from pipelines import tiny_dit
+from serve_tiny import TINY
 
 from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights
+from diffusers_sla.compare import Variant, compare
 from diffusers_sla.generation import Request, generate
 
 DEFAULTS = {"subject": "cat", "topk": 0.25, "seed": 3, "steps": 2, "guidance": 1.0, "dense_steps": 0}
@@ -136,6 +139,38 @@ def test_a_repository_that_cannot_be_used_is_a_sentence(client, repositories, na
         text = str(error)
     assert re.search(message, text)
     assert not re.search(r"/(root|tmp|home|usr)/|Traceback|hf_", text)
+
+
+def test_videos_come_as_h264_with_the_numbers_of_their_pixels(space):
+    client = Client(space.urls["wan"], verbose=False)
+    request = {"subject": "a red cat", "topk": 0.2, "seed": 1, "steps": 2, "guidance": 2.0, "dense_steps": 0}
+    left, right, _, numbers, _ = client.predict(**request, with_untrained=True, api_name="/compare")
+    shapes = []
+    for video in (left, right):
+        path = video["value"]["video"] if isinstance(video["value"], dict) else video["value"]
+        facts = imageio.v3.immeta(path, plugin="FFMPEG")
+        assert (facts["codec"], facts["pix_fmt"].partition("(")[0], facts["fps"]) == ("h264", "yuv420p", 16.0)
+        frames = imageio.v3.imread(path, plugin="FFMPEG")
+        assert Path(path).stat().st_size < frames.size / 3
+        shapes.append(frames.shape)
+    assert shapes == [(17, 112, 192, 3)] * 2
+    make, size = TINY["wan"]
+    wanted = Request(prompt="a red cat", seed=1, steps=2, guidance_scale=2.0, **size)
+    untrained = compare(make(), wanted, [Variant(name="SLA", config=SLAConfig(topk=0.2))], warm_up=False)
+    assert numbers["results"][2]["psnr"] == pytest.approx(untrained.results[1].psnr, abs=0.1)
+
+
+def test_a_prompt_makes_an_image(space):
+    client = Client(space.urls["sdxl"], verbose=False)
+    request = {"subject": "a red cat", "topk": 0.25, "seed": 1, "steps": 2, "guidance": 2.0, "dense_steps": 0}
+    pictures, _, numbers, _ = client.predict(**request, with_untrained=False, api_name="/compare")
+    make, size = TINY["sdxl"]
+    dense = generate(make(), Request(prompt="a red cat", seed=1, steps=2, guidance_scale=2.0, **size)).frames[0]
+    left = Image.open(pictures["value"][0] if isinstance(pictures, dict) else pictures[0])
+    assert np.array_equal(np.asarray(left.convert("RGB")), np.asarray(dense))
+    assert numbers["results"][1]["exact_share"] < 1
+    words = client.predict(**request, step=2, api_name="/inside")[5]
+    assert "attends exactly to **1 of 4** key blocks." in words
 
 
 def test_ten_visitors_at_once_each_get_their_own(space):
