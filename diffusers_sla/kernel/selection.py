@@ -63,7 +63,9 @@ def _sum_keys(
         x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
         y = x.to(tl.float32)
         if POOL:
-            count = tl.sum(valid.to(tl.int32), 0)
+            count = tl.minimum(k_end - (k_first + j * BLKK), BLKK)
+            if HAS_MASK:
+                count = tl.sum(valid.to(tl.int32), 0)
             mean = tl.sum(y, 0) / tl.maximum(count, 1)
             at = bh * num_k_blocks + j
             tl.store(k_mean_ptr + at * D + cols, mean, mask=(cols < D) & pools)
