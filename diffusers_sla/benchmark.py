@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .config import SLAConfig
+from .flops import blocks_kept, dense_flops, sla_flops
 from .kernel import select_blocks, sla_attention
 
 PASSES = ("forward", "backward")
@@ -42,23 +43,19 @@ class Case:
     config: SLAConfig = field(default_factory=SLAConfig)
     proj_s: bool = False
 
-    def num_kept_blocks(self) -> int:
-        return max(1, int(self.config.topk * math.ceil(self.L / self.config.blkk)))
-
     def flops(self, what: str, name: str) -> float:
         """Floating point operations that the answer takes, two for each multiply-add; a backward recomputes scores."""
-        per_key = 4.0 * self.B * self.H * self.L * self.D
+        sizes = (self.B, self.H, self.L, self.L, self.D)
         share = 1.0 if what == "forward" else 2.5
         if name.startswith("dense"):
-            return per_key * self.L * share
-        sparse = per_key * min(self.L, self.num_kept_blocks() * self.config.blkk)
-        matrices = (0 if self.config.linear == "none" else 2) + self.proj_s
-        features = 2 if self.config.feature_map == "hedgehog" else 1
+            return dense_flops(*sizes) * share
+        num_blocks = math.ceil(self.L / self.config.blkk)
+        keys = min(self.L, blocks_kept(self.config, num_blocks) * self.config.blkk)
+        sparse = dense_flops(self.B, self.H, self.L, keys, self.D) * share
         if name == "flex":
-            return sparse * share
-        return sparse * share + 2.0 * self.B * self.H * self.L * self.D * self.D * matrices * features * (
-            1 if what == "forward" else 2
-        )
+            return sparse
+        rest = sla_flops(self.config, *sizes, proj_s=self.proj_s) - sparse / share
+        return sparse + rest * (1 if what == "forward" else 2)
 
     def bytes(self, what: str) -> float:
         """Every input read once and every result written once."""

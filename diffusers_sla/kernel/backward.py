@@ -29,7 +29,7 @@ def _dq_step(
     return delta, dq
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "topk"])
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "topk"])  # fmt: skip  # noqa: E501
 def _sparse_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,

@@ -124,7 +124,7 @@ def _attend(
     return acc, row_sum, new_max
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "topk", "eps"])  # fmt: skip  # noqa: E501
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "M_BLOCKS", "topk", "eps"])  # fmt: skip  # noqa: E501
 def _sparse_fwd_kernel(
     q_ptr, k_ptr, v_ptr, fq_ptr, indices_ptr, mask_ptr, m_ptr, z_ptr, a_ptr, bias_ptr, o_ptr, o_s_ptr, lse_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,

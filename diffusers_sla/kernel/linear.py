@@ -55,7 +55,7 @@ def _project_sums_kernel(
         tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
 
 
-@triton.jit(do_not_specialize=["q_first", "q_end", "num_tiles", "tiles_per_chunk", "eps"])
+@triton.jit(do_not_specialize=["M_BLOCKS", "q_first", "q_end", "num_tiles", "tiles_per_chunk", "eps"])
 def _linear_bwd_q_kernel(
     x_ptr, do_ptr, m_ptr, z_ptr, dx_ptr, dm_ptr, dz_ptr, dbias_ptr,
     stride_xb, stride_xh, stride_xl, stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
@@ -119,7 +119,8 @@ def _linear_bwd_q_kernel(
                 mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
                 g += tl.sum(f * mdo, 1)
                 den += tl.sum(f * z[None, :], 1)
-        inv = 1.0 / (den + eps)
+        # 0 where a row has no marginal block: 1 / eps would overflow float16 before the map takes it out.
+        inv = tl.where(den == 0.0, 0.0, 1.0 / (den + eps))
         g *= inv
         dden = tl.where(row_valid, -g * inv, 0.0)
         t = g * (1.0 - den * inv)  # sum of phi * dphi over the row
@@ -159,7 +160,7 @@ def _linear_bwd_q_kernel(
         tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
 
-@triton.jit(do_not_specialize=["Lk", "k_first", "k_end", "num_tiles", "tiles_per_chunk"])
+@triton.jit(do_not_specialize=["H_BLOCKS", "Lk", "k_first", "k_end", "num_tiles", "tiles_per_chunk"])
 def _linear_bwd_k_kernel(
     x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
     stride_xb, stride_xh, stride_xl, stride_vb, stride_vh, stride_vl,
@@ -320,7 +321,7 @@ def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm
         dm, dh, dz = _project_sums(
             dm.view(B, Hkv, H // Hkv * n, F, D), dz.view(B, Hkv, H // Hkv * n, F), weight, dtype, False, norm
         )
-        return dh, dz, dm.flatten(0, 2).t() @ h.flatten(0, 2)
+        return dh, dz, (dm.mT @ h).sum((0, 1))
     num_k_blocks = block_map.shape[-1]
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
     dm = (columns @ dm.view(B, Hkv, -1, F * D)).view(B, Hkv, num_k_blocks, F, D)

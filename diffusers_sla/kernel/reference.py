@@ -98,7 +98,9 @@ def sla_attention_reference(
     summed = summed & ~kept_key & valid
     features_q, features_k = phi(q, feature_map, phi_q_weight), phi(k, feature_map, phi_k_weight)
     weights = (features_q @ features_k.mT).masked_fill(~summed, 0.0)
-    o_l = (weights @ v) / (weights.sum(-1, keepdim=True) + 1e-5)
+    total = weights.sum(-1, keepdim=True)
+    # 0 / 1 where nothing is summed: 1 / 1e-5 would overflow float16 in the gradients.
+    o_l = (weights @ v) / torch.where(total == 0, 1.0, total + 1e-5)
     o_l = o_l @ proj_l_weight.to(q.dtype).mT
     if proj_l_bias is not None:
         o_l = o_l + proj_l_bias.to(q.dtype)

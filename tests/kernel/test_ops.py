@@ -1,5 +1,6 @@
 """The kernels as torch operators: schemas, fake tensors, whole-graph tracing, checkpointing."""
 
+import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -44,3 +45,71 @@ def test_checkpointing_gives_the_same_gradients(device):
     plain = torch.autograd.grad(_op(*tensors).square().sum(), tensors)
     again = torch.autograd.grad(checkpoint(_op, *tensors, use_reentrant=False).square().sum(), tensors)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def _compiled_kernels():
+    """How many times Triton has compiled each of our kernels in this process."""
+    from diffusers_sla.kernel import backward, forward, linear, selection
+
+    kernels = [
+        value for module in (forward, backward, linear, selection) for name, value in vars(module).items()
+        if name.startswith("_") and name.endswith("_kernel")
+    ]  # fmt: skip
+    return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_another_length_compiles_nothing(linear):
+    def run(L):
+        q, k, v = (torch.randn(1, L, 2, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        w = torch.randn(64, 64, device="cuda", requires_grad=True)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        o = sla_attention(q, k, v, topk=0.2, proj_l_weight=w, linear=linear)
+        torch.autograd.grad(o.sum(), (q, k, v, w))
+
+    run(4096)
+    before = _compiled_kernels()
+    for L in (4160, 3777, 2113):  # the same power of two of key blocks
+        run(L)
+    assert _compiled_kernels() == before
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_forward_and_backward():
+    tensors = _tensors("cuda", 512)
+
+    def step():
+        o = _op(*tensors)
+        return o, *torch.autograd.grad(o.square().sum(), tensors)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31():
+    """More numbers in a tensor than int32 counts: the last head gives what it gives alone."""
+    shape = (1, 36, 500_000, 128)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    alone = [x[:, -1:].detach().clone().requires_grad_() for x in (q, k, v)]
+    settings = {"topk": 0.001, "blkq": 128, "blkk": 128, "linear": "none"}
+    o, expected = sla_attention(q, k, v, **settings), sla_attention(*alone, **settings)
+    assert torch.equal(o[:, -1:], expected)
+    do = torch.randn_like(expected)
+    whole = torch.zeros_like(o)
+    whole[:, -1:] = do
+    gradients = torch.autograd.grad(o, (q, k, v), whole)
+    for actual, right in zip(gradients, torch.autograd.grad(expected, alone, do), strict=True):
+        assert torch.equal(actual[:, -1:], right)

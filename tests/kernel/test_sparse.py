@@ -18,6 +18,7 @@ CASES = [
     Case(keep_q=(7, 0), keep_k=(5, 9), mask=True, B=2, proj_s=True),
     Case(keep_q=(0, 20), keep_k=(0, 20), linear="marginal", skip=0.3, blhd=True, Hkv=1),
     Case(D=40, scale=0.3, blkq=64, blkk=32, Lq=130, Lk=97),
+    Case(linear="marginal", topk=1.0, dtype=torch.float16),  # rows without a marginal block
 ]
 
 
