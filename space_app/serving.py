@@ -119,6 +119,11 @@ class Served:
     def allows(self, steps: Any) -> bool:
         return isinstance(steps, int | float) and 1 <= steps <= self.model.max_steps
 
+    def fork_only_at_rest(self) -> None:
+        """ZeroGPU works in forks of this process: none is to begin while a thread here changes the pipeline."""
+        release = self.lock.release
+        os.register_at_fork(before=self.lock.acquire, after_in_parent=release, after_in_child=release)
+
     def trained(self) -> str | None:
         """Where trained projections for this pipeline are, if there are any."""
         source = os.environ.get("SPACE_STATE") or self.model.state
@@ -135,10 +140,13 @@ def load() -> Served:
     name = os.environ.get("SPACE_MODEL", "sample")
     if name not in MODELS:
         raise SLAConfigError(f"SPACE_MODEL must be one of {', '.join(MODELS)}, got {name!r}")
-    device = "cuda" if _zero_gpu is not None and os.environ.get("SPACES_ZERO_GPU") else default_device()
-    pipe = load_pipeline(MODELS[name].source, device)
+    forks = _zero_gpu is not None and os.environ.get("SPACES_ZERO_GPU")
+    pipe = load_pipeline(MODELS[name].source, "cuda" if forks else default_device())
     pipe.set_progress_bar_config(disable=True)
-    return Served(MODELS[name], pipe)
+    served = Served(MODELS[name], pipe)
+    if forks:
+        served.fork_only_at_rest()
+    return served
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import os
 import threading
 import time
 
@@ -51,6 +52,19 @@ def test_a_closed_stream_ends_its_work_and_frees_the_pipeline():
     stream.close()
     assert served.lock.acquire(timeout=5)
     assert len(steps) < 500
+
+
+def test_a_fork_waits_for_the_pipeline_and_can_use_it():
+    """A lock that is held where a process forks stays held in the child for ever."""
+    served = serving.Served(serving.MODELS["sample"], None)
+    served.fork_only_at_rest()
+    served.lock.acquire()
+    threading.Timer(0.3, served.lock.release).start()
+    child = os.fork()
+    if not child:
+        os._exit(0 if served.lock.acquire(timeout=2) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not served.lock.locked()
 
 
 def test_work_waits_for_the_pipeline_and_its_result_comes_last():
