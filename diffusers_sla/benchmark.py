@@ -127,10 +127,10 @@ def rates(dtype: str, device: torch.device) -> dict[str, float]:
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 2048
     a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    matmul = _median(_time(itertools.repeat(lambda: a @ b), device, 20 if on_gpu else 5))
+    matmul = _median(milliseconds(itertools.repeat(lambda: a @ b), device, 20 if on_gpu else 5))
     source = torch.randn((1 << 28) if on_gpu else (1 << 25), device=device)
     target = torch.empty_like(source)
-    copied = _median(_time(itertools.repeat(lambda: target.copy_(source)), device, 20 if on_gpu else 5))
+    copied = _median(milliseconds(itertools.repeat(lambda: target.copy_(source)), device, 20 if on_gpu else 5))
     return {"matmul_tflops": 2 * n**3 / matmul / 1e9, "copy_gbs": 2 * source.numel() * 4 / copied / 1e6}
 
 
@@ -244,8 +244,8 @@ def _measure(case, name, what, make, device, repeats, measured) -> Row:
             memory = _extra_memory(sets[0], make, do if backward else None)
             launches = _launches(next(calls()))
             if not backward:
-                graph = _median(_time(itertools.repeat(_captured(next(calls()))), device, repeats))
-        times = _time(calls(), device, repeats)
+                graph = _median(milliseconds(itertools.repeat(_captured(next(calls()))), device, repeats))
+        times = milliseconds(calls(), device, repeats)
     times.sort()
     median = _median(times)
     flops = case.flops(what, name)
@@ -269,7 +269,7 @@ def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def _time(calls: Iterator[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+def milliseconds(calls: Iterator[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
     """Milliseconds of `repeats` calls, after three that are not counted."""
     if device.type != "cuda":
         seconds = []

@@ -13,7 +13,7 @@ LEVELS = (
     {"config", "families", "foreign", "parallel", "rewrite", "tensor_files"},
     {"denoising", "flops", "generation", "state", "wan_checkpoint"},
     {"benchmark", "cards", "drop_in", "processor"},
-    {"apply", "hub"},
+    {"apply", "hub", "tuning"},
     {"doctor", "export_kernel", "report", "saved_models", "setter", "space", "weights"},
     {"compare", "conversion", "inside", "inspection", "push", "training"},
     {"pictures", "__init__"},

@@ -12,6 +12,7 @@ from ..errors import SLAError
 # Command -> file here; each file has a click command named `command`.
 COMMANDS: dict[str, str] = {
     "bench": "bench",
+    "tune": "tune",
     "demo": "demo",
     "generate": "generate",
     "finetune": "finetune",

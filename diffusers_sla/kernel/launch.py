@@ -1,11 +1,14 @@
 """Tile shapes, warps and pipeline stages: what changes only the speed. Never saved in a state file.
 
 The numbers for Hopper in half precision are measured (benchmarks/tuning.md); elsewhere the same shapes shrink until
-they fit the shared memory of the GPU.
+they fit the shared memory of the GPU. `diffusers-sla tune` measures on the GPU it runs on and writes a table, which
+goes first.
 """
 
 import functools
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -60,6 +63,66 @@ def shared_memory(device):
     return SHARED.get(torch.cuda.get_device_capability(device), SMALL_SHARED)
 
 
+def table_path():
+    """Where the table of tuned tiles is: $DIFFUSERS_SLA_TUNED, else beside the Hub's cache."""
+    home = os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface"))
+    path = os.environ.get("DIFFUSERS_SLA_TUNED", os.path.join(home, "diffusers_sla", "tuned.json"))
+    return os.path.expanduser(path)
+
+
+def gpu_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.lru_cache(maxsize=None)
+def table(device):
+    """Tuned launches of this GPU by `table_key`: read once, changed in place by tuning.
+
+    Raises:
+        ValueError: The file is no such table.
+    """
+    try:
+        with open(table_path()) as file:
+            entries = json.load(file).get(gpu_name(device), {})
+            return {key: Launch(**entry) for key, entry in entries.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{table_path()} is no table of tiles ({error}): delete it, or write it anew with `diffusers-sla tune`"
+        ) from error
+
+
+def save_table(device):
+    """Write this GPU's table; those of other GPUs in the file stay. The file is replaced as a whole."""
+    path = table_path()
+    tables = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            tables = json.load(file)
+    tables[gpu_name(device)] = {key: asdict(entry) for key, entry in sorted(table(device).items())}
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".part", "w") as file:
+        json.dump(tables, file, indent=1)
+    os.replace(path + ".part", path)
+
+
+def table_key(config, x, *sizes):
+    """What an entry is for: "forward 128x2 64x64" are the forward's tiles at head size 128, 2 bytes, such blocks."""
+    return " ".join([config.__name__.removesuffix("_config"), f"{block_d(x.shape[-1])}x{x.element_size()}", "x".join(map(str, sizes))]).strip()  # fmt: skip  # noqa: E501
+
+
+def tunable(config):
+    """Looks into the table first."""
+
+    @functools.wraps(config)
+    def chosen(x, *sizes):
+        tuned = table(x.device)
+        return (tuned.get(table_key(config, x, *sizes)) if tuned else None) or config(x, *sizes)
+
+    return chosen
+
+
 def _stages(shared, fixed, per_stage, most):
     return max(1, min(most, (shared - REST - fixed) // per_stage))
 
@@ -74,6 +137,7 @@ def _block_r(x):
     return BLOCK_D if BLOCK_D * _row_bytes(x) <= 32768 else max(16, 16384 // _row_bytes(x))
 
 
+@tunable
 def prepare_config(q):
     wide = _row_bytes(q) > 256
     small = shared_memory(q.device) <= SMALL_SHARED
@@ -87,6 +151,7 @@ def select_config(q_mean):
     return Launch(num_warps=8, num_stages=2, rows=16, block_c=64, block_n=512, programs=1024)
 
 
+@tunable
 def forward_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_m = min(blkq, 128 if row <= 256 else 64)
@@ -101,6 +166,7 @@ def forward_config(q, blkq, blkk):
     return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q))
 
 
+@tunable
 def dq_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_m = min(blkq, 128 if row <= 256 else 32)
@@ -111,6 +177,7 @@ def dq_config(q, blkq, blkk):
     return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n)
 
 
+@tunable
 def dkdv_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_n = min(blkk, 128 if row <= 256 else 32)
@@ -121,6 +188,7 @@ def dkdv_config(q, blkq, blkk):
     return Launch(8 if block_n >= 128 or row > 256 else 4, stages, block_m, block_n)
 
 
+@tunable
 def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
     small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
@@ -128,6 +196,7 @@ def linear_q_config(q, halves):
     return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, block_r // halves))
 
 
+@tunable
 def linear_k_config(k, halves):
     small = halves == 2 or _row_bytes(k) > 256 or shared_memory(k.device) <= SMALL_SHARED
     return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, _block_r(k) // halves), programs=528)
