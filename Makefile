@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 WORKERS ?= 2
 
-.PHONY: demo test test-hub-1 test-gpu lint format types space clean
+.PHONY: demo test test-hub-1 test-gpu sanitize-gpu lint format types space clean
 .DEFAULT_GOAL := test
 
 # torch goes first, by its exact version, so that nothing else pulls another build of it.
@@ -38,6 +38,12 @@ test-hub-1: .hub-1/ready
 # The kernel tests on a real GPU, with whatever torch and triton the environment has.
 test-gpu:
 	$(PYTHON) -m pytest tests/kernel -m "gpu or not gpu"
+
+# A small set of them under compute-sanitizer: reads and writes out of bounds, and races in shared memory.
+SANITIZED := tests/kernel/test_sparse.py tests/kernel/test_selection.py -k "matches or match or definition or tile or inverse"
+sanitize-gpu:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 
 lint: $(READY)
 	$(BIN)/ruff check .
