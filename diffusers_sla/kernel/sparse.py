@@ -5,6 +5,7 @@ Otherwise the same two functions run directly under an autograd.Function: a cust
 host than the kernels do at image sizes.
 """
 
+import functools
 from typing import List, Optional, Tuple
 
 import torch
@@ -15,6 +16,17 @@ from .backward import sparse_bwd
 from .forward import num_rows, sparse_fwd
 from .linear import EPS, gather_sums, linear_bwd_k, linear_bwd_q, norm_of, scatter_sums_backward
 from .selection import indices_of, invert, prepare, select
+
+
+def _on_its_device(function):
+    """Triton launches on the current GPU, which need not be the one of a model that is spread over several."""
+
+    @functools.wraps(function)
+    def on_device(first, *rest):
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return on_device
 
 
 def sla_attention_triton(
@@ -41,6 +53,7 @@ def sla_attention_triton(
     return _Direct.apply(*arguments) if save else _compute_forward(*arguments)[0]
 
 
+@_on_its_device
 def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
     """`select_blocks` by the kernels."""
     q_mean, k_mean, k_bias, _, _ = prepare(
@@ -50,6 +63,7 @@ def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, 
     return select(q_mean, k_mean, k_bias, topk, skip, scale, q.dtype)[1]
 
 
+@_on_its_device
 def _compute_forward(
     q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
     topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
@@ -120,6 +134,7 @@ def _(
     )  # fmt: skip
 
 
+@_on_its_device
 def _compute_backward(
     do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
     o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
