@@ -82,9 +82,11 @@ def build(served: Served, loaded: gr.State) -> None:
         def work(on_progress):
             Variant(name="SLA", config=config, state=state).install(served.pipe)
             try:
-                return look_inside(
+                inside = look_inside(
                     served.pipe, request, step=int(step), on_step=lambda done, total: on_progress("SLA", done, total)
                 )
+                _thin_out(inside)
+                return inside
             finally:
                 remove_sla(served.pipe)
 
@@ -94,7 +96,6 @@ def build(served: Served, loaded: gr.State) -> None:
         names = list(inside.layers)
         name = names[len(names) // 2]
         heads, num_blocks = inside.layers[name].block_map.shape[:2]
-        _thin_out(inside, inside.layers[name])
         at_frame = _frame_of(inside, name, num_blocks // 2)
         yield [
             "", *_draw(inside, name, 0, num_blocks // 2, at_frame), _bars(inside), inside,
@@ -139,9 +140,9 @@ def _frame_of(inside: Inside, name: str, block: int) -> int:
     return min(int(block) * view.config.blkq // (rows * columns), t - 1) * len(inside.frames) // t
 
 
-def _thin_out(inside: Inside, view) -> None:
+def _thin_out(inside: Inside) -> None:
     """Of a video, keep the frames that the tokens tell apart: what a visitor looks at stays in memory for an hour."""
-    count, t = len(inside.frames), view.grid(inside.frames)[0]
+    count, t = len(inside.frames), max(view.grid(inside.frames)[0] for view in inside.layers.values())
     inside.frames = [inside.frames[-(-i * count // t)] for i in range(t)]
 
 

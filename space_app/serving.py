@@ -56,7 +56,7 @@ MODELS = {
     "sample": Model(
         title="the sample pipeline: 19 million parameters, 256x256 pixels, 4096 tokens",
         source=str(HERE / "sample_pipeline"), subjects=("temple", "flower", "coffee", "coins", "galaxies", "cat"),
-        steps=8, guidance_scale=2.0, topk=0.05, step_seconds=0.1, max_steps=20, state=str(HERE / "sample_state"),
+        steps=6, guidance_scale=2.0, topk=0.05, step_seconds=0.1, max_steps=20, state=str(HERE / "sample_state"),
         takes_classes=True,
     ),
     "wan": Model(
