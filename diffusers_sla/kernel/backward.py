@@ -127,7 +127,10 @@ def _sparse_bwd_dq_kernel(
             delta, dq = _dq_step(
                 q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, True, EXACT, PRECISION
             )
-    tl.store(delta_ptr + bh * num_rows + rows, delta, mask=row_valid | (not KEEP_Q))
+    if KEEP_Q:
+        tl.store(delta_ptr + bh * num_rows + rows, delta, mask=row_valid)
+    else:
+        tl.store(delta_ptr + bh * num_rows + rows, delta)
 
     dq *= scale
     if HAS_LINEAR:

@@ -225,9 +225,11 @@ def _sparse_fwd_kernel(
     o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
     o_offsets = o_base + cols[None, :]
     if SAVE:
-        lse = tl.where(empty | ~row_valid, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
-        # Without kept queries the rows that fill up the last block are there, too: p = 0 in the backward.
-        tl.store(lse_ptr + bh * num_rows + rows, lse, mask=row_valid | (not KEEP_Q))
+        lse = tl.where(empty, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
+        if KEEP_Q:
+            tl.store(lse_ptr + bh * num_rows + rows, lse, mask=row_valid)
+        else:  # the rows that fill up the last block, too: p = 0 in the backward
+            tl.store(lse_ptr + bh * num_rows + rows, tl.where(row_valid, lse, float("inf")))
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D  # a whole [D, D] matrix at once, or row by row of tiles
     if SAVE or (HAS_A and not WHOLE):
         tl.store(o_s_ptr + o_offsets, acc.to(o_s_ptr.dtype.element_ty), mask=inside)
