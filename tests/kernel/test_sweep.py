@@ -2,6 +2,7 @@
 
 import random
 
+import bounds
 import pytest
 import torch
 from cases import Case, check
@@ -30,7 +31,9 @@ def any_case(seed, on_gpu):
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_random_configurations(seed, device):
+def test_random_configurations(seed, device, monkeypatch):
+    if device == "cpu":  # on a GPU compute-sanitizer does that: make sanitize-gpu
+        bounds.use(monkeypatch)
     check(any_case(seed, on_gpu=False), "triton", device)
 
 

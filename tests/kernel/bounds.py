@@ -1,0 +1,37 @@
+"""Every address a kernel reads or writes must lie in one of its tensors: a memory checker for Triton's interpreter."""
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+
+def use(monkeypatch):
+    """Check each load and store of every launch until the test ends."""
+    storages: list[tuple[int, int]] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+
+    def check(what, pointers, mask):
+        addresses, there = np.broadcast_arrays(pointers.data.astype(np.int64), np.asarray(mask.data).astype(bool))
+        addresses, size = addresses[there], pointers.get_element_ty().primitive_bitwidth // 8
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for first, end in storages:
+            inside |= (addresses >= first) & (addresses + size <= end)
+        assert inside.all(), f"{(~inside).sum()} addresses of a {what} lie in no tensor of the launch"
+
+    def checked_launch(self, *arguments, **constants):
+        tensors = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]
+        storages[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in tensors]
+        return launch(self, *arguments, **constants)
+
+    def checked_load(self, pointers, mask, *rest):
+        check("load", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        check("store", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(executor, "__call__", checked_launch)
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
