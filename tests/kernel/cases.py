@@ -85,8 +85,7 @@ def check(case, impl, device):
     exact_map = select_blocks(
         inputs["q"].double(), inputs["k"].double(), **case.settings(), key_mask=key_mask, impl="reference"
     )
-    differing = int((block_map != exact_map).sum())  # near ties, which change places in pairs
-    assert differing <= (0 if case.dtype is torch.float32 else max(2, 0.05 * block_map.numel())), "block map"
+    assert (block_map != exact_map).float().mean() <= (0 if case.dtype is torch.float32 else 0.05), "block map"
     actual = run(case, impl, inputs, weights, key_mask, do, None, case.dtype)
     plain = run(case, "reference", inputs, weights, key_mask, do, block_map, case.dtype)
     exact = run(case, "reference", inputs, weights, key_mask, do, block_map, torch.float64, torch.float64)
