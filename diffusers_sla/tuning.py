@@ -4,10 +4,13 @@ The entries stand in `kernel/launch.py`'s table, which `save_table` writes. Noth
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 
 import torch
+from torch import Tensor
 
 from . import benchmark
 from .config import SLAConfig
@@ -30,69 +33,112 @@ class Found:
     tried: int
 
 
-def tune(
-    device: str | torch.device, *, D: int, dtype: str = "bfloat16", blkq: int = 64, blkk: int = 64, H: int = 8,
-    L: int = 16384, topk: float = 0.1, repeats: int = 20, on_trial: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Found]:  # fmt: skip
-    """Tune the kernels for one head size, dtype and pair of block sizes; the table keeps what is better.
+@dataclass(frozen=True)
+class Calls:
+    """What is timed: batch 1, H heads of L tokens and head size D, forward or backward."""
 
-    Args:
-        D, H, L, topk: Head size, heads, tokens and share of key blocks of the calls that are timed, with batch 1.
-        on_trial: Called with a kernel's name, the number of the trial and the number of trials.
-    """
-    device = torch.device(device)
-    torch.manual_seed(0)
-    config = SLAConfig(topk=topk, blkq=blkq, blkk=blkk)
-    q, k, v, do = (torch.randn(1, H, L, D, device=device).to(getattr(torch, dtype)) for _ in range(4))
-    inputs = tuple(x.requires_grad_() for x in (q, k, v))
-    weight, bias = torch.randn(D, D, device=device) * 0.1, torch.zeros(D, device=device)
+    D: int
+    dtype: str = "bfloat16"
+    blkq: int = 64
+    blkk: int = 64
+    H: int = 8
+    L: int = 16384
+    topk: float = 0.1
 
-    def forward():
-        return sla_attention(
-            *inputs, **config.kernel_settings(), proj_l_weight=weight, proj_l_bias=bias, impl="triton"
-        )
+    def make(self, device) -> tuple[Tensor, Callable[[str], tuple[Callable, tuple]]]:
+        """q, and a function that gives the call of a pass and its results."""
+        torch.manual_seed(0)
+        config = SLAConfig(topk=self.topk, blkq=self.blkq, blkk=self.blkk)
+        shape, dtype = (1, self.H, self.L, self.D), getattr(torch, self.dtype)
+        q, k, v, do = (torch.randn(shape, device=device).to(dtype) for _ in range(4))
+        inputs = tuple(x.requires_grad_() for x in (q, k, v))
+        weight, bias = torch.randn(self.D, self.D, device=device) * 0.1, torch.zeros(self.D, device=device)
 
-    def timed(what):
-        """Milliseconds of the pass, and its results."""
-        with torch.set_grad_enabled(what == "backward"):
+        def forward():
+            return sla_attention(
+                *inputs, **config.kernel_settings(), proj_l_weight=weight, proj_l_bias=bias, impl="triton"
+            )
+
+        def of_pass(what):
+            if what == "forward":
+                return forward, (forward(),)
             o = forward()
 
             def backward():
                 return torch.autograd.grad(o, inputs, do, retain_graph=True)
 
-            call = backward if what == "backward" else forward
-            results = call() if what == "backward" else (o,)
+            return backward, backward()
+
+        return q, of_pass
+
+
+def tune(
+    device: str | torch.device, calls: Calls, *, repeats: int = 20, jobs: int = 8,
+    on_trial: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Found]:  # fmt: skip
+    """Tune the kernels for one head size, dtype and pair of block sizes; the table keeps what is better.
+
+    Args:
+        jobs: Processes that compile the tiles of a kernel before they are timed.
+        on_trial: Called with a kernel's name, the number of the trial and the number of trials.
+    """
+    device = torch.device(device)
+    q, of_pass = calls.make(device)
+    table = launch.table(q.device)
+
+    def timed(what):
+        """Milliseconds of the pass, and its results."""
+        with torch.set_grad_enabled(what == "backward"):
+            call, results = of_pass(what)
             times = benchmark.milliseconds(itertools.repeat(call), device, repeats)
         return sorted(times)[len(times) // 2], results
 
-    for what, chosen, sizes in _kernels(blkq, blkk):
-        key = launch.table_key(chosen, q, *sizes)
-        default = chosen(q, *sizes)
-        before, right = timed(what)
-        best, fastest, tried = default, before, 0
-        trials = list(_trials(chosen.__name__, default, q, *sizes))
-        table = launch.table(q.device)
-        kept = table.get(key)
-        for i, trial in enumerate(trials):
-            if on_trial:
-                on_trial(key, i + 1, len(trials))
-            table[key] = trial
-            try:
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for what, chosen, sizes in _kernels(calls.blkq, calls.blkk):
+            key = launch.table_key(chosen, q, *sizes)
+            default = chosen(q, *sizes)
+            before, right = timed(what)
+            best, fastest, tried = default, before, 0
+            trials = list(_trials(chosen.__name__, default, q, *sizes))
+            kept = table.get(key)
+            compiled: Iterable[bool] = itertools.repeat(True)
+            if device.type == "cuda":  # the interpreter compiles nothing
+                compiled = pool.map(_compiles, [(device, calls, what, dict(table) | {key: t}) for t in trials])
+            for i, (trial, fits) in enumerate(zip(trials, list(itertools.islice(compiled, len(trials))), strict=True)):
+                if on_trial:
+                    on_trial(key, i + 1, len(trials))
+                if not fits:
+                    continue
+                table[key] = trial
                 median, results = timed(what)
-            except Exception as error:
-                if type(error).__name__ not in ("OutOfResources", "CompilationError", "PTXASError"):
-                    raise
-                continue  # these tiles do not fit this GPU
-            tried += 1
-            if all(_same(a, b) for a, b in zip(results, right, strict=True)) and median < fastest * WORTHWHILE:
-                best, fastest = trial, median
-        if best is not default:
-            table[key] = best
-        elif kept is None:
-            table.pop(key, None)
-        else:
-            table[key] = kept
-        yield Found(key, what, best, before, fastest, tried)
+                tried += 1
+                if all(_same(a, b) for a, b in zip(results, right, strict=True)) and median < fastest * WORTHWHILE:
+                    best, fastest = trial, median
+            if best is not default:
+                table[key] = best
+            elif kept is None:
+                table.pop(key, None)
+            else:
+                table[key] = kept
+            yield Found(key, what, best, before, fastest, tried)
+
+
+def _compiles(work) -> bool:
+    """In a process of its own: run the pass once with a table, so that its kernels are in Triton's cache; whether they
+    fit this GPU."""
+    device, calls, what, table = work
+    own = launch.table(torch.device(device.type, torch.cuda.current_device()))
+    own.clear()
+    own.update(table)
+    try:
+        with torch.set_grad_enabled(what == "backward"):
+            calls.make(device)[1](what)
+        torch.cuda.synchronize()
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfResources", "CompilationError", "PTXASError"):
+            raise
+        return False
+    return True
 
 
 def _kernels(blkq, blkk):

@@ -33,7 +33,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     now = lambda: launch.dq_config(q, 32, 32)  # noqa: E731
     monkeypatch.setattr(tuning.benchmark, "milliseconds", lambda calls, device, repeats: [times[now()]] * 3)
     monkeypatch.setattr(tuning, "_same", lambda a, b: now() != wrong)
-    (found,) = tuning.tune("cpu", D=16, dtype="float32", blkq=32, blkk=32, H=1, L=64)
+    (found,) = tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, H=1, L=64))
     assert found == tuning.Found(key, "backward", better, 4.0, 2.0, 2)
     assert launch.table(CPU) == {key: better}
 
@@ -44,7 +44,7 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     trials = {"forward_config": [Launch(block_m=32, block_n=32)], "dkdv_config": [Launch(block_m=32, block_n=32)]}
     monkeypatch.setattr(tuning, "_trials", lambda name, *_: iter(trials.get(name, [])))
-    found = list(tuning.tune("cpu", D=16, dtype="float32", blkq=32, blkk=32, H=1, L=96, topk=0.4, repeats=1))
+    found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
     names = ["prepare 16x4", "forward 16x4 32x32", "linear_q 16x4 1", "linear_k 16x4 1", "dq 16x4 32x32", "dkdv 16x4 32x32"]  # fmt: skip  # noqa: E501
     assert [f.key for f in found] == names
     assert [f.tried for f in found] == [0, 1, 0, 0, 0, 1]

@@ -1,5 +1,7 @@
 """`diffusers-sla tune`: measure tile shapes on this GPU and keep the best."""
 
+import os
+
 import click
 import torch
 
@@ -26,11 +28,17 @@ def _blocks(_context, _parameter, values):
 )
 @click.option("--length", default=16384, type=click.IntRange(128), show_default=True, help="Their tokens.")
 @click.option("--topk", default=0.1, show_default=True, help="Their share of key blocks.")
-def command(head_dims, blocks, dtype, heads, length, topk):
+@click.option(
+    "--jobs",
+    default=min(16, os.cpu_count() or 1),
+    type=click.IntRange(1),
+    help="Processes that compile; 0.5 GB of GPU memory each.",
+)
+def command(head_dims, blocks, dtype, heads, length, topk, jobs):
     """Time tile shapes of every kernel on this GPU; calls use the best from then on.
 
-    Takes some minutes per head size and pair of block sizes: every shape is compiled first. The table goes to
-    $DIFFUSERS_SLA_TUNED, or beside the Hub's cache; delete the file to undo.
+    Takes minutes per head size and pair of block sizes: every shape is compiled first, by --jobs processes. The table
+    goes to $DIFFUSERS_SLA_TUNED, or beside the Hub's cache; delete the file to undo.
 
     \b
     Examples:
@@ -41,10 +49,8 @@ def command(head_dims, blocks, dtype, heads, length, topk):
         raise click.ClickException("there is nothing to tune: this torch sees no GPU, and the CPU path has no tiles")
     for D in head_dims or (64, 128):
         for blkq, blkk in blocks or [(64, 64), (128, 64)]:
-            found = tuning.tune(
-                "cuda", D=D, dtype=dtype, blkq=blkq, blkk=blkk, H=heads, L=length, topk=topk, on_trial=_progress
-            )
-            for result in found:
+            calls = tuning.Calls(D, dtype, blkq, blkk, heads, length, topk)
+            for result in tuning.tune("cuda", calls, jobs=jobs, on_trial=_progress):
                 click.echo("\r" + " " * 60 + "\r", err=True, nl=False)
                 click.echo(
                     f"{result.key.ljust(24)} {result.what.ljust(8)} {result.before:8.3f} -> {result.after:8.3f} ms, "
