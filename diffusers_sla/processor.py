@@ -71,6 +71,8 @@ class SLALayer(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.frozen_told = False
+        # Follows the model from device to device where there is no parameter that does.
+        self.register_buffer("place", torch.empty(0, device=device), persistent=False)
 
         def parameter(tensor):
             return nn.Parameter(tensor.to(device=device, dtype=torch.float32))
@@ -87,8 +89,7 @@ class SLALayer(nn.Module):
     def add_proj_s(self) -> nn.Parameter:
         """Make proj_s, the projection of the sparse branch, an explicit identity and return it."""
         if self.proj_s_weight is None:
-            device = next((p.device for p in self.parameters()), None)
-            self.proj_s_weight = nn.Parameter(torch.eye(self.head_dim, device=device))
+            self.proj_s_weight = nn.Parameter(torch.eye(self.head_dim, device=self.place.device))
         return self.proj_s_weight
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, config: SLAConfig, **keywords: Any) -> Tensor:

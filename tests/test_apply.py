@@ -140,6 +140,16 @@ def test_casting_a_model_leaves_the_projection_in_float32():
         assert torch.equal(sla_parameters(model)[1], value)
 
 
+def test_a_projection_that_comes_later_is_where_the_model_is():
+    """Without a linear branch a layer has no weight that would tell."""
+    model, _ = make("unet")
+    apply_sla(model, SLAConfig(linear="none"))
+    model.to("meta")
+    for layer in sla_layers(model).values():
+        assert not list(layer.state.parameters())
+        assert layer.state.add_proj_s().device.type == "meta"
+
+
 def test_disabled_runs_dense_and_says_so():
     model, inputs = make("dit")
     expected = output(model, inputs)

@@ -30,17 +30,15 @@ def _project_sums_kernel(
     head = tl.program_id(1).to(tl.int64)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     d = tl.arange(0, BLOCK_D)
-    t = tl.arange(0, TILE)
     inside = (f[:, None] < F) & (d[None, :] < D)
     total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_F], tl.float32)
     for start in range(0, num_chunks, TILE):
-        at = (head * num_chunks + start + t) * F
-        there = start + t < num_chunks
-        rows = at[:, None, None] + f[None, :, None]
-        tile = tl.load(sums_ptr + rows * D + d[None, None, :], mask=there[:, None, None] & inside[None, :, :], other=0.0)  # fmt: skip  # noqa: E501
-        total += tl.sum(tile, 0)
-        z += tl.sum(tl.load(z_ptr + at[:, None] + f[None, :], mask=there[:, None] & (f[None, :] < F), other=0.0), 0)
+        for i in tl.static_range(TILE):  # unrolled, so that loads do not wait for each other
+            there = start + i < num_chunks
+            rows = (head * num_chunks + start + i) * F + f
+            total += tl.load(sums_ptr + rows[:, None] * D + d[None, :], mask=inside & there, other=0.0)
+            z += tl.load(z_ptr + rows, mask=(f < F) & there, other=0.0)
     tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
     tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
     for first in range(0, D, BLOCK_E):
@@ -258,7 +256,7 @@ def _project_sums(sums, z, weight, dtype, transpose, factor):
     product = torch.empty((B, heads, 1, F, D), device=sums.device, dtype=dtype)
     _project_sums_kernel[(cdiv(F, 16), B * heads)](
         sums, z, weight, total, product, z_total, num_chunks, factor,
-        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=4, TRANSPOSE=transpose,
+        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=8, TRANSPOSE=transpose,
         PRECISION=rounded_precision(dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
     return total, product, z_total

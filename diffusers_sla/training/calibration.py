@@ -180,9 +180,8 @@ class _Watcher:
     """Stands in for a layer's attention: returns dense attention, and sums what SLA would have made of it."""
 
     def __init__(self, layer):
-        device = next(layer.state.parameters(), torch.empty(0)).device
         linear = layer.config.linear != "none"
-        self.moments = [Moments(layer.state.head_dim, linear, device) for _ in range(2)]
+        self.moments = [Moments(layer.state.head_dim, linear, layer.state.place.device) for _ in range(2)]
         self.held_out = False
         self.refused = 0
 
