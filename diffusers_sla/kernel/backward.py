@@ -287,7 +287,7 @@ def _sparse_bwd_dkdv_kernel(
     tl.store(dv_ptr + g_offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
+def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
     """Launch the backward of the sparse branch; adds to what dq, dk, dv hold in blocks when `linear`, else overwrites.
 
     inverse: from `invert`. dk and dv share one order of strides, dq has that of o_s.
@@ -297,7 +297,8 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
     num_q_blocks, topk = indices.shape[2:]
     num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
     starts, counts, listed = inverse
-    delta, rows = torch.empty_like(lse), num_rows(Lq, blkq)
+    rows = num_rows(Lq, blkq)
+    delta = run.empty((B, H, rows))
     ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
@@ -308,7 +309,8 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
 
     config = dq_config(q, blkq, blkk)
     front, back = cdiv(keep_q[0], config.block_m), cdiv(keep_q[1], config.block_m)
-    _sparse_bwd_dq_kernel[(front + back + num_q_blocks * (blkq // config.block_m), B * H)](
+    run.launch(
+        _sparse_bwd_dq_kernel, (front + back + num_q_blocks * (blkq // config.block_m), B * H),
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
         H, Hkv, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
@@ -318,7 +320,8 @@ def sparse_bwd(do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, bl
 
     config = dkdv_config(q, blkq, blkk)
     front, back = cdiv(keep_k[0], config.block_n), cdiv(keep_k[1], config.block_n)
-    _sparse_bwd_dkdv_kernel[(front + back + num_k_blocks * (blkk // config.block_n), B * Hkv)](
+    run.launch(
+        _sparse_bwd_dkdv_kernel, (front + back + num_k_blocks * (blkk // config.block_n), B * Hkv),
         q, k, v, do, starts, counts, listed, key_mask, lse, delta, dk, dv,
         *strides, *dk.stride()[:3],
         H, Hkv, *ranges, front, front + back, num_k_blocks, rows, listed.shape[1], scale, scale_log2,

@@ -280,22 +280,23 @@ def num_rows(Lq, blkq):
     return (Lq + blkq - 1) // blkq * blkq
 
 
-def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q, keep_k, feature_map, scale, eps, save):  # fmt: skip  # noqa: E501
-    """Launch the forward. Returns o in q's order of strides; o_s and lse when `save`, else None."""
+def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, blkq, blkk, keep_q, keep_k, feature_map, scale, eps):  # fmt: skip  # noqa: E501
+    """Launch the forward. Fills o, and o_s and lse where they are given; o_s has o's strides."""
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
     config = forward_config(q, blkq, blkk)
     BLOCK_D = block_d(D)
-    o = torch.empty_like(q)
-    o_s = torch.empty_like(q) if save or (a is not None and config.block_r < BLOCK_D) else None
-    lse = torch.empty((B, H, num_rows(Lq, blkq)), device=q.device, dtype=torch.float32) if save else None
+    save = o_s is not None
+    if a is not None and config.block_r < BLOCK_D and not save:
+        o_s = run.empty(o.shape, o.dtype, o.stride())
     BLOCK_M = config.block_m
     num_front, num_back = cdiv(keep_q[0], BLOCK_M), cdiv(keep_q[1], BLOCK_M)
     num_kept = num_front + num_back
     fq = q if fq is None else fq
     linear = m is not None
-    _sparse_fwd_kernel[(num_kept + num_q_blocks * (blkq // BLOCK_M), B * H)](
+    run.launch(
+        _sparse_fwd_kernel, (num_kept + num_q_blocks * (blkq // BLOCK_M), B * H),
         q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
         H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
@@ -309,4 +310,3 @@ def sparse_fwd(q, k, v, fq, indices, key_mask, m, z, a, bias, blkq, blkk, keep_q
         PRECISION=PRECISION,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return o, o_s if save else None, lse

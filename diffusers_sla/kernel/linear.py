@@ -6,6 +6,8 @@ So W only ever multiplies [D, D] matrices, and the kernels know nothing of it. H
 block is summed ("all"), per query block when only the marginal ones are.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -237,6 +239,37 @@ def _linear_bwd_k_kernel(
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & (part[None, :] < D))
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_shares"])
+def _weight_gradients_kernel(
+    dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares,
+    D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW = dM^T H over all features of all heads, and db, the sum of its shares.
+
+    Grid: (cdiv(D, TILE), cdiv(D, TILE) + 1), the last row for db. dm, h: [num_rows, D], shares: [num_shares, D].
+    """
+    e = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    r = tl.arange(0, ROWS)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        if HAS_BIAS:
+            total = tl.zeros([ROWS, TILE], tl.float32)
+            for start in range(0, num_shares, ROWS):
+                there = (start + r[:, None] < num_shares) & (e[None, :] < D)
+                total += tl.load(shares_ptr + (start + r)[:, None] * D + e[None, :], mask=there, other=0.0)
+            tl.store(dbias_ptr + e, tl.sum(total, 0).to(dbias_ptr.dtype.element_ty), mask=e < D)
+    else:
+        dw = tl.zeros([TILE, TILE], tl.float32)
+        for start in range(0, num_rows, ROWS):
+            at = (start + r)[:, None]
+            there = at < num_rows
+            dm = tl.load(dm_ptr + at * D + e[None, :], mask=there & (e[None, :] < D), other=0.0)
+            h = tl.load(h_ptr + at * D + d[None, :], mask=there & (d[None, :] < D), other=0.0)
+            dw = tl.dot(tl.trans(dm), h, dw, input_precision=PRECISION)
+        ptrs = dw_ptr + e[:, None] * D + d[None, :]
+        tl.store(ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(e[:, None] < D) & (d[None, :] < D))
+
+
 def norm_of(q, k):
     return q.shape[-1] / k.shape[2]
 
@@ -247,44 +280,34 @@ def marginal_rows(block_map, num_kv_heads, dtype):
     return (block_map == 0).to(dtype).view(B, num_kv_heads, H // num_kv_heads * num_q_blocks, num_k_blocks)
 
 
-def _project_sums(sums, z, weight, dtype, transpose, factor):
-    """Launch the sum over chunks. sums: [B, heads, n, F, D], z: [B, heads, n, F]. Returns sum [B, heads, F, D] and z
-    [B, heads, 1, F] float32, and the product with the weight [B, heads, 1, F, D] in `dtype`."""
-    B, heads, num_chunks, F, D = sums.shape
-    new = dict(device=sums.device, dtype=torch.float32)
-    total, z_total = torch.empty((B, heads, F, D), **new), torch.empty((B, heads, 1, F), **new)
-    product = torch.empty((B, heads, 1, F, D), device=sums.device, dtype=dtype)
-    _project_sums_kernel[(cdiv(F, 16), B * heads)](
-        sums, z, weight, total, product, z_total, num_chunks, factor,
+def project_sums(run, sums, z, heads, weight, total, product, z_total, transpose, factor):
+    """Launch the sum over the chunks of B * heads heads: fills total [.., F, D] and z_total [.., F], float32, and the
+    product with the weight [.., F, D]."""
+    B, _, _, F, D = sums.shape
+    run.launch(
+        _project_sums_kernel, (cdiv(F, 16), B * heads),
+        sums, z, weight, total, product, z_total, sums.shape[1] * sums.shape[2] // heads, factor,
         F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=8, TRANSPOSE=transpose,
-        PRECISION=rounded_precision(dtype), num_warps=4, num_stages=2,
+        PRECISION=rounded_precision(product.dtype), num_warps=4, num_stages=2,
     )  # fmt: skip
-    return total, product, z_total
 
 
-def gather_sums(sums, z, block_map, weight, dtype):
-    """What the forward kernel needs: m [B, heads, blocks, F, D] in `dtype` and z [B, heads, blocks, F] float32.
-
-    sums, z: from `prepare`. block_map: None for "all". Also returns h = sums over all blocks [B, Hkv, F, D] for "all".
-    """
-    weight = weight.contiguous()
-    if block_map is None:
-        h, m, z = _project_sums(sums, z, weight, dtype, True, 1.0)
-        return m, z, h
+def gather_marginal(sums, z, block_map, weight):
+    """What the forward kernel needs of the sums of `prepare` when only marginal blocks are summed: m [B, H,
+    num_q_blocks, F, D] in their dtype and z [.., F] float32."""
     B, Hkv, _, F, D = sums.shape
     H, num_q_blocks, num_k_blocks = block_map.shape[1:]
-    rows = marginal_rows(block_map, Hkv, dtype)
-    projected = sums @ weight.to(dtype).t()
+    rows = marginal_rows(block_map, Hkv, sums.dtype)
+    projected = sums @ weight.to(sums.dtype).t()
     m = (rows @ projected.view(B, Hkv, num_k_blocks, F * D)).view(B, H, num_q_blocks, F, D)
-    z = (rows.float() @ z).view(B, H, num_q_blocks, F)
-    return m, z, None
+    return m, (rows.float() @ z).view(B, H, num_q_blocks, F)
 
 
-def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
+def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     """Launch the backward of phi(q) M / den. Fills dx in the query blocks.
 
-    Returns dM [B, H, n, F, D] and dz [B, H, n, F] of n chunks of queries, or of the query blocks when `per_block` (dM
-    in x's dtype then), and the gradient of the bias [D]; float32.
+    Returns dM [B, H, n, F, D], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
+    of queries, or of the query blocks when `per_block` (dM in x's dtype then).
     """
     B, H, Lq, D = x.shape
     halves = HALVES[feature_map]
@@ -293,34 +316,33 @@ def linear_bwd_q(x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     num_tiles = cdiv(Lq - sum(keep_q), block_m)
     tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
-    new = dict(device=x.device, dtype=torch.float32)
-    dm = torch.empty((B, H, num_chunks, halves * D, D), device=x.device, dtype=x.dtype if per_block else torch.float32)
-    dz = torch.empty((B, H, num_chunks, halves * D), **new)
-    dbias = torch.empty((B * H * num_chunks, D), **new)
+    dm = run.empty((B, H, num_chunks, halves * D, D), x.dtype if per_block else torch.float32)
+    dz = run.empty((B, H, num_chunks, halves * D))
+    dbias = run.empty((B * H * num_chunks, D))
     BLOCK_R = min(config.block_r, block_d(D))
-    _linear_bwd_q_kernel[(num_chunks, B * H, cdiv(D, BLOCK_R))](
+    run.launch(
+        _linear_bwd_q_kernel, (num_chunks, B * H, cdiv(D, BLOCK_R)),
         x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
         H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
         D=D, BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_R=BLOCK_R, PHI=feature_map, NUM_HALVES=halves,
         PRECISION=PRECISION, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return dm, dz, dbias.sum(0)
+    return dm, dz, dbias
 
 
-def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm, dtype):
-    """From dM, dz of chunks or query blocks to norm dH (in `dtype`), norm dz per key head (and key block), and dW.
+def weight_gradients(run, dm, h, shares, dweight, dbias):
+    """Launch the gradients of W and, unless None, of b: fills them from dM and H [B, Hkv, F, D] and shares of b's."""
+    D = h.shape[-1]
+    run.launch(
+        _weight_gradients_kernel, (cdiv(D, 32), cdiv(D, 32) + 1),
+        dm, h, shares, dweight, dbias, math.prod(h.shape[:-1]), shares.shape[0],
+        D=D, TILE=32, ROWS=64, HAS_BIAS=dbias is not None, PRECISION=PRECISION, num_warps=4, num_stages=3,
+    )  # fmt: skip
 
-    h: sums over all blocks for "all"; sums: per key block for "marginal".
-    """
-    B, H, n, F, D = dm.shape
-    Hkv = num_kv_heads
-    weight = weight.contiguous()
-    if block_map is None:  # the heads of a group lie side by side: their chunks are chunks of the key head
-        dm, dh, dz = _project_sums(
-            dm.view(B, Hkv, H // Hkv * n, F, D), dz.view(B, Hkv, H // Hkv * n, F), weight, dtype, False, norm
-        )
-        return dh, dz, (dm.mT @ h).sum((0, 1))
-    num_k_blocks = block_map.shape[-1]
+
+def scatter_marginal(dm, dz, block_map, weight, sums, norm):
+    """From dM, dz of query blocks to norm dH in their dtype, norm dz per key block, and dW. sums: per key block."""
+    B, Hkv, num_k_blocks, F, D = sums.shape
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
     dm = (columns @ dm.view(B, Hkv, -1, F * D)).view(B, Hkv, num_k_blocks, F, D)
     dz = columns.float() @ dz.view(B, Hkv, -1, F)
@@ -328,7 +350,7 @@ def scatter_sums_backward(dm, dz, block_map, weight, h, sums, num_kv_heads, norm
     return dm @ weight.to(dm.dtype) * norm, dz * norm, dweight
 
 
-def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
+def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
     """Launch the backward of the sums over keys. Fills dx and dv in the key blocks."""
     B, Hkv, Lk, D = x.shape
     config = linear_k_config(x, HALVES[feature_map])
@@ -337,7 +359,8 @@ def linear_bwd_k(x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
     num_tiles = cdiv(Lk - sum(keep_k), block_n)
     tiles_per_chunk = blkk // block_n if per_block else chunk_size(num_tiles, config.programs, B * Hkv)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
-    _linear_bwd_k_kernel[(num_chunks, B * Hkv)](
+    run.launch(
+        _linear_bwd_k_kernel, (num_chunks, B * Hkv),
         x, v, key_mask, dh, dz, dx, dv,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, tiles_per_chunk,

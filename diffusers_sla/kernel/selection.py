@@ -280,7 +280,7 @@ def _invert_kernel(
         tl.store(counts_ptr + bh * num_k_blocks + j, seen, mask=j < num_k_blocks)
 
 
-def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, pool, norm):
+def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, pool, norm):
     """Launch the pass over q, k, v. Returns q_mean, k_mean, k_bias (None: not pooled), sums, z (None: no linear).
 
     linear: "all" gives sums per chunk of key blocks, "marginal" per key block in q's dtype, "none" nothing.
@@ -293,15 +293,14 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
     config = prepare_config(q)
     blocks_per_chunk = 1 if linear == "marginal" else chunk_size(num_k_blocks, config.programs, B * Hkv)
     num_chunks = cdiv(num_k_blocks, blocks_per_chunk)
-    new = dict(device=q.device, dtype=torch.float32)
-    q_mean = torch.empty((B, H, num_q_blocks, D), **new) if pool else None
-    k_mean = torch.empty((B, Hkv, num_k_blocks, D), **new) if pool else None
-    k_bias = torch.empty((B, Hkv, num_k_blocks), **new) if pool and key_mask is not None else None
+    q_mean = run.empty((B, H, num_q_blocks, D)) if pool else None
+    k_mean = run.empty((B, Hkv, num_k_blocks, D)) if pool else None
+    k_bias = run.empty((B, Hkv, num_k_blocks)) if pool and key_mask is not None else None
     sums = z = None
     if linear != "none":
         dtype = torch.float32 if linear == "all" else q.dtype
-        sums = torch.empty((B, Hkv, num_chunks, halves * D, D), device=q.device, dtype=dtype)
-        z = torch.empty((B, Hkv, num_chunks, halves * D), **new)
+        sums = run.empty((B, Hkv, num_chunks, halves * D, D), dtype)
+        z = run.empty((B, Hkv, num_chunks, halves * D))
     elif not pool:
         return None, None, None, None, None
     BLOCK_C = min(config.block_c, block_d(D)) if linear != "none" else block_d(D)
@@ -309,7 +308,8 @@ def prepare(q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, line
     group = max(1, config.rows // blkq)
     num_q_groups = cdiv(num_q_blocks, group)
     fk = k if fk is None else fk
-    _prepare_kernel[(num_key_programs + (B * H * num_q_groups if pool else 0),)](
+    run.launch(
+        _prepare_kernel, (num_key_programs + (B * H * num_q_groups if pool else 0),),
         q, k, v, fk, key_mask, q_mean, k_mean, k_bias, sums, z,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fk.stride()[:3],
         H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_q_groups, num_k_blocks,
@@ -327,14 +327,13 @@ def chunk_size(count, programs, heads):
     return cdiv(count, max(1, min(count, programs // heads)))
 
 
-def select(q_mean, k_mean, k_bias, topk, skip, scale, dtype):
-    """Launch the choice. Returns indices [B, H, num_q_blocks, n] int32 and the int8 block map.
+def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map):
+    """Launch the choice: fills indices [B, H, num_q_blocks, n] int32 and the int8 block map.
 
     dtype: of the tensors that the means were taken of.
     """
     B, H, num_q_blocks, D = q_mean.shape
     Hkv, num_k_blocks = k_mean.shape[1:3]
-    n = max(1, int(topk * num_k_blocks))
     num_skipped = int(skip * num_k_blocks)
     config = select_config(q_mean)
     groups_per_head = cdiv(num_q_blocks, config.rows)
@@ -343,18 +342,15 @@ def select(q_mean, k_mean, k_bias, topk, skip, scale, dtype):
     # A power of two, so that few lengths need a kernel of their own.
     BLOCK_N = max(16, min(config.block_n, 1 << (num_k_blocks - 1).bit_length()))
     num_keys = cdiv(num_k_blocks, BLOCK_N) * BLOCK_N
-    scratch = torch.empty((programs, config.rows, num_keys), device=q_mean.device, dtype=torch.int32)
-    indices = torch.empty((B, H, num_q_blocks, n), device=q_mean.device, dtype=torch.int32)
-    block_map = torch.empty((B, H, num_q_blocks, num_k_blocks), device=q_mean.device, dtype=torch.int8)
-    _select_kernel[(programs,)](
-        q_mean, k_mean, k_bias, scratch.view(torch.uint32), indices, block_map,
+    run.launch(
+        _select_kernel, (programs,),
+        q_mean, k_mean, k_bias, run.empty((programs, config.rows, num_keys), torch.uint32), indices, block_map,
         H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys,
-        n, num_k_blocks - num_skipped, scale,
+        indices.shape[3], num_k_blocks - num_skipped, scale,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
         PRECISION=rounded_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return indices, block_map
 
 
 def indices_of(block_map, topk):
@@ -364,15 +360,14 @@ def indices_of(block_map, topk):
     return order[..., :n].to(torch.int32).contiguous()
 
 
-def invert(block_map, topk):
+def invert(run, block_map, topk):
     """Per key block who chose it, int32: starts, counts [B * H, num_k_blocks], list [B * H, total] of query blocks."""
     B, H, num_q_blocks, num_k_blocks = block_map.shape
     total = num_q_blocks * max(1, int(topk * num_k_blocks))
-    new = dict(device=block_map.device, dtype=torch.int32)
-    starts, counts = torch.empty((B * H, num_k_blocks), **new), torch.empty((B * H, num_k_blocks), **new)
-    listed = torch.empty((B * H, total), **new)
+    starts, counts = (run.empty((B * H, num_k_blocks), torch.int32) for _ in range(2))
+    listed = run.empty((B * H, total), torch.int32)
     grid = (cdiv(num_k_blocks, 32), B * H)
     sizes = (num_q_blocks, num_k_blocks, total)
-    _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=True, ROWS=64, COLS=32)
-    _invert_kernel[grid](block_map, starts, counts, listed, *sizes, COUNT=False, ROWS=64, COLS=32)
+    for count in (True, False):
+        run.launch(_invert_kernel, grid, block_map, starts, counts, listed, *sizes, COUNT=count, ROWS=64, COLS=32)
     return starts, counts, listed

@@ -2,7 +2,8 @@
 
 Traced (torch.compile, export) it is a pair of custom ops, which have fake versions and are opaque to the tracer.
 Otherwise the same two functions run directly under an autograd.Function: a custom op's dispatch takes longer on the
-host than the kernels do at image sizes.
+host than the kernels do at image sizes. So does all else that Python does for a launch: calls whose steps are launches
+only repeat a plan (plan.py).
 """
 
 import functools
@@ -13,8 +14,19 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
+from .features import HALVES
 from .forward import num_rows, sparse_fwd
-from .linear import EPS, gather_sums, linear_bwd_k, linear_bwd_q, norm_of, scatter_sums_backward
+from .linear import (
+    EPS,
+    gather_marginal,
+    linear_bwd_k,
+    linear_bwd_q,
+    norm_of,
+    project_sums,
+    scatter_marginal,
+    weight_gradients,
+)  # fmt: skip
+from .plan import Now, Parts, Plan, layout, like, planned
 from .selection import indices_of, invert, prepare, select
 
 
@@ -23,6 +35,8 @@ def _on_its_device(function):
 
     @functools.wraps(function)
     def on_device(first, *rest):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return function(first, *rest)
         with torch.cuda.device_of(first):
             return function(first, *rest)
 
@@ -37,30 +51,95 @@ def sla_attention_triton(
     """`sla_attention` by the kernels. All arguments as there, all required."""
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         raise TypeError("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 there")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if linear == "none" or proj_l_weight is None:
         linear = "none"
         proj_l_weight = proj_l_bias = phi_q_weight = phi_k_weight = None
     if feature_map != "hedgehog":
         phi_q_weight = phi_k_weight = None
-    inputs = (q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    arguments = (
-        *inputs, key_mask, block_map, topk, skip, scale, blkq, blkk, feature_map, linear, [*keep_q, *keep_k], save
-    )  # fmt: skip
+    given = (proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map)
+    tensors = (q, k, v, *(None if x is None else x.contiguous() for x in given))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    settings = (topk, skip, scale, blkq, blkk, feature_map, linear, (*keep_q, *keep_k))
     if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
-        return _forward(*arguments)[0]
-    return _Direct.apply(*arguments) if save else _compute_forward(*arguments)[0]
+        return _forward(*tensors, *settings[:-1], list(settings[-1]), save)[0]
+    return _Direct.apply(*tensors, settings) if save else _compute_forward(*tensors, *settings, False)[0]
 
 
 @_on_its_device
 def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
     """`select_blocks` by the kernels."""
+    run = Now(q.device)
+    key_mask = None if key_mask is None else key_mask.contiguous()
     q_mean, k_mean, k_bias, _, _ = prepare(
-        q, k, k, None, key_mask, blkq, blkk, keep_q, keep_k, "softmax", "none", True, 1.0
+        run, q, k, k, None, key_mask, blkq, blkk, keep_q, keep_k, "softmax", "none", True, 1.0
     )
+    rows, num_k_blocks = q_mean.shape[:3], k_mean.shape[2]
+    indices = run.empty((*rows, max(1, int(topk * num_k_blocks))), torch.int32)
+    block_map = run.empty((*rows, num_k_blocks), torch.int8)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return select(q_mean, k_mean, k_bias, topk, skip, scale, q.dtype)[1]
+    select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, block_map)
+    return block_map
+
+
+def _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, choose):
+    """The tensors that a forward leaves to its backward, one after the other in `parts`; None for those there are not.
+
+    o_s [B, H, Lq, D] with o's strides and lse [B, H, num_rows] when `save`; indices [B, H, num_q_blocks, n] int32; the
+    block map when `choose`; m [B, Hkv, 1, F, D], h [B, Hkv, F, D] and z [B, Hkv, 1, F] when every block is summed.
+    """
+    (B, H, Lq, D), (Hkv, Lk) = o.shape, k.shape[1:3]
+    num_q_blocks = (Lq - keep[0] - keep[1] + blkq - 1) // blkq
+    num_k_blocks = (Lk - keep[2] - keep[3] + blkk - 1) // blkk
+    n = torch.sym_max(1, torch.sym_int(topk * num_k_blocks))
+    F, sums = HALVES[feature_map] * D, linear == "all"
+    return (
+        parts.add(o.shape, o.dtype, o.stride()) if save else None,
+        parts.add((B, H, num_rows(Lq, blkq))) if save else None,
+        parts.add((B, H, num_q_blocks, n), torch.int32),
+        parts.add((B, H, num_q_blocks, num_k_blocks), torch.int8) if choose else None,
+        parts.add((B, Hkv, 1, F, D), o.dtype) if sums else None,
+        parts.add((B, Hkv, F, D)) if sums else None,
+        parts.add((B, Hkv, 1, F)) if sums else None,
+    )
+
+
+def _forward_steps(
+    run, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map, o, kept,
+    topk, skip, scale, blkq, blkk, feature_map, linear, keep,
+):  # fmt: skip
+    """Fill o and what is kept. With a plan for `run`, what is torch's own here must not be asked for."""
+    o_s, lse, indices, chosen, m, h, z = kept
+    keep_q, keep_k = keep[:2], keep[2:]
+    fq = None if phi_q_weight is None else q @ phi_q_weight.to(q.dtype)
+    fk = None if phi_k_weight is None else k @ phi_k_weight.to(k.dtype)
+    norm = norm_of(q, k)
+    q_mean, k_mean, k_bias, sums, sums_z = prepare(
+        run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
+    )
+    if linear == "all":
+        project_sums(run, sums, sums_z, k.shape[1], proj_l_weight, h, m, z, True, 1.0)
+    if block_map is None:
+        select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, chosen)
+    else:
+        indices.copy_(indices_of(block_map, topk))
+    if linear == "marginal":
+        m, z = gather_marginal(sums, sums_z, chosen if block_map is None else block_map, proj_l_weight)
+    sparse_fwd(
+        run, q, k, v, fq, indices, key_mask, m, z, proj_s_weight, proj_l_bias, o, o_s, lse,
+        blkq, blkk, keep_q, keep_k, feature_map, scale, EPS * norm,
+    )  # fmt: skip
+
+
+@planned
+def _forward_plan(device, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, key_mask, settings, save):
+    plan = Plan(device, (q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, key_mask, like(q)))
+    q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, key_mask, o = plan.given
+    topk, _skip, _scale, blkq, blkk, feature_map, linear, keep = settings
+    kept = _kept(plan.shared, o, k, topk, blkq, blkk, feature_map, linear, keep, save, True)
+    weights = (proj_l_weight, proj_l_bias, proj_s_weight, None, None)
+    _forward_steps(plan, q, k, v, *weights, key_mask, None, o, kept, *settings)
+    return plan
 
 
 @_on_its_device
@@ -68,30 +147,23 @@ def _compute_forward(
     q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
     topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
 ):  # fmt: skip
-    """o, and when `save` what the backward needs: o_s, lse, indices, the block map if it was chosen here, and h and z
-    if linear is "all"; None for the others."""
-    keep_q, keep_k = tuple(keep[:2]), tuple(keep[2:])
-    fq = None if phi_q_weight is None else q @ phi_q_weight.to(q.dtype)
-    fk = None if phi_k_weight is None else k @ phi_k_weight.to(k.dtype)
-    norm = norm_of(q, k)
-    q_mean, k_mean, k_bias, sums, z = prepare(
-        q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
-    )
-    if block_map is None:
-        indices, chosen = select(q_mean, k_mean, k_bias, topk, skip, scale, q.dtype)
-    else:
-        indices, chosen = indices_of(block_map, topk), block_map
-    m = h = None
-    if linear != "none":
-        m, z, h = gather_sums(sums, z, chosen if linear == "marginal" else None, proj_l_weight, q.dtype)
-    o, o_s, lse = sparse_fwd(
-        q, k, v, fq, indices, key_mask, m, z, proj_s_weight, proj_l_bias,
-        blkq, blkk, keep_q, keep_k, feature_map, scale, EPS * norm, save,
+    """o, and as a tensor of bytes what is kept."""
+    settings = (topk, skip, scale, blkq, blkk, feature_map, linear, keep)
+    o = torch.empty_like(q)
+    if block_map is None and phi_q_weight is None and linear != "marginal":
+        given = (q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, key_mask)
+        plan = _forward_plan(q.device, *map(layout, given), settings, save)
+        memory = torch.empty(plan.shared.size, dtype=torch.uint8, device=q.device)
+        plan.run(*given, o, memory)
+        return o, memory
+    parts = Parts(q.device)
+    kept = _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, block_map is None)
+    memory = torch.empty(parts.size, dtype=torch.uint8, device=q.device)
+    _forward_steps(
+        Now(q.device), q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask,
+        block_map, o, [None if x is None else x.of(memory) for x in kept], *settings,
     )  # fmt: skip
-    if not save:
-        return (o, *[None] * 6)
-    sums = (h, z) if linear == "all" else (None, None)
-    return (o, o_s, lse, indices, chosen if block_map is None else None, *sums)
+    return o, memory
 
 
 @torch.library.custom_op(add_op_namespace_prefix("forward"), mutates_args=())
@@ -101,13 +173,11 @@ def _forward(
     key_mask: Optional[Tensor], block_map: Optional[Tensor],
     topk: float, skip: float, scale: float, blkq: int, blkk: int, feature_map: str, linear: str,
     keep: List[int], save: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """_compute_forward with empty tensors for None."""
-    outputs = _compute_forward(
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    return _compute_forward(
         q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
-        topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
+        topk, skip, scale, blkq, blkk, feature_map, linear, tuple(keep), save,
     )  # fmt: skip
-    return tuple(q.new_empty(0) if x is None else x for x in outputs)
 
 
 @_forward.register_fake
@@ -115,130 +185,151 @@ def _(
     q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
     topk, skip, scale, blkq, blkk, feature_map, linear, keep, save,
 ):  # fmt: skip
-    B, H, Lq, D = q.shape
-    Hkv, Lk = k.shape[1], k.shape[2]
-    o = torch.empty_like(q)
-    if not save:
-        return (o, *(q.new_empty(0) for _ in range(6)))
-    num_q_blocks = (Lq - keep[0] - keep[1] + blkq - 1) // blkq
-    num_k_blocks = (Lk - keep[2] - keep[3] + blkk - 1) // blkk
-    n = torch.sym_max(1, torch.sym_int(topk * num_k_blocks))
-    chosen = q.new_empty((B, H, num_q_blocks, num_k_blocks), dtype=torch.int8) if block_map is None else q.new_empty(0)
-    features = 2 * D if feature_map == "hedgehog" else D
-    sums = linear == "all"
-    return (
-        o, torch.empty_like(q), q.new_empty((B, H, num_rows(Lq, blkq)), dtype=torch.float32),
-        q.new_empty((B, H, num_q_blocks, n), dtype=torch.int32), chosen,
-        q.new_empty((B, Hkv, features, D), dtype=torch.float32) if sums else q.new_empty(0),
-        q.new_empty((B, Hkv, 1, features), dtype=torch.float32) if sums else q.new_empty(0),
-    )  # fmt: skip
+    o, parts = torch.empty_like(q), Parts(q.device)
+    _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, block_map is None)
+    return o, q.new_empty(parts.size, dtype=torch.uint8)
 
 
-@_on_its_device
-def _compute_backward(
-    do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
-    o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
+def _backward_steps(
+    run, do, q, k, v, proj_l_weight, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map, kept,
+    gradients, topk, scale, blkq, blkk, feature_map, linear, keep,
 ):  # fmt: skip
-    """Gradients of q, k, v and the five weights; None where there is no such weight."""
-    keep_q, keep_k = tuple(keep[:2]), tuple(keep[2:])
-    image = slice(keep_q[0], q.shape[2] - keep_q[1])
-    do = do.to(q.dtype)
-    if do.stride(-1) != 1:
-        do = do.contiguous()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(k)
-    dweight = dbias = da = dphi_q = dphi_k = None
-
+    """Fill the gradients. With a plan for `run`, what is torch's own here must not be asked for."""
+    o_s, lse, indices, chosen, m, h, z = kept
+    dq, dk, dv, dweight, dbias, da, dphi_q, dphi_k = gradients
+    block_map = chosen if block_map is None else block_map
+    keep_q, keep_k = keep[:2], keep[2:]
     if linear != "none":
         norm = norm_of(q, k)
         hedgehog = phi_q_weight is not None
         fq = q @ phi_q_weight.to(q.dtype) if hedgehog else q
         fk = k @ phi_k_weight.to(k.dtype) if hedgehog else k
         dfq, dfk = (torch.zeros_like(fq), torch.zeros_like(fk)) if hedgehog else (dq, dk)
-        marginal = block_map if linear == "marginal" else None
-        sums = None
-        if marginal is None:
-            m = (h @ proj_l_weight.float().t()).to(q.dtype).unsqueeze(2)
-        else:
+        marginal = linear == "marginal"
+        if marginal:
             _, _, _, sums, z = prepare(
-                q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, False, norm
+                run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, False, norm
             )
-            m, z, _ = gather_sums(sums, z, marginal, proj_l_weight, q.dtype)
-        dm, dz, dbias = linear_bwd_q(fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal is not None)
-        del m
-        dh, dz, dweight = scatter_sums_backward(dm, dz, marginal, proj_l_weight, h, sums, k.shape[1], norm, q.dtype)
-        del dm, sums
-        linear_bwd_k(fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map)
+            m, z = gather_marginal(sums, z, block_map, proj_l_weight)
+        dm, dz, shares = linear_bwd_q(run, fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal)
+        if marginal:
+            del m
+            dh, dz, total = scatter_marginal(dm, dz, block_map, proj_l_weight, sums, norm)
+            dweight.copy_(total)
+            if dbias is not None:
+                dbias.copy_(shares.sum(0))
+            del sums
+        else:
+            total, dh, dz_total = run.empty(h.shape), run.empty(m.shape, m.dtype), run.empty(z.shape)
+            project_sums(run, dm, dz, k.shape[1], proj_l_weight, total, dh, dz_total, False, norm)
+            weight_gradients(run, total, h, shares, dweight, dbias)
+            dz = dz_total
+        del dm
+        linear_bwd_k(run, fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map)
         if hedgehog:
-            dphi_q = (q[:, :, image].mT @ dfq[:, :, image]).float().sum((0, 1))
-            dphi_k = (k.mT @ dfk).float().sum((0, 1))
+            image = slice(keep_q[0], q.shape[2] - keep_q[1])
+            dphi_q.copy_((q[:, :, image].mT @ dfq[:, :, image]).float().sum((0, 1)))
+            dphi_k.copy_((k.mT @ dfk).float().sum((0, 1)))
             dq.copy_(dfq @ phi_q_weight.to(q.dtype).t())
             dk.copy_(dfk @ phi_k_weight.to(k.dtype).t())
     do_s = do
     if proj_s_weight is not None:
-        da = (do[:, :, image].mT @ o_s[:, :, image]).float().sum((0, 1))
+        first, end = keep_q[0], q.shape[2] - keep_q[1]
+        da.copy_((do[:, :, first:end].mT @ o_s[:, :, first:end]).float().sum((0, 1)))
         do_s = do @ proj_s_weight.to(q.dtype)
-        do_s[:, :, : image.start] = do[:, :, : image.start]
-        do_s[:, :, image.stop :] = do[:, :, image.stop :]
+        do_s[:, :, :first] = do[:, :, :first]
+        do_s[:, :, end:] = do[:, :, end:]
     sparse_bwd(
-        do_s, q, k, v, o_s, lse, indices, invert(block_map, topk), key_mask, dq, dk, dv,
+        run, do_s, q, k, v, o_s, lse, indices, invert(run, block_map, topk), key_mask, dq, dk, dv,
         blkq, blkk, keep_q, keep_k, scale, linear != "none",
     )  # fmt: skip
+
+
+@planned
+def _backward_plan(device, do, q, k, v, proj_l_weight, proj_l_bias, key_mask, block_map, settings):
+    outputs = map(like, (q, k, k, proj_l_weight, proj_l_bias))
+    plan = Plan(device, (do, q, k, v, proj_l_weight, key_mask, block_map, *outputs))
+    do, q, k, v, proj_l_weight, key_mask, block_map, *gradients = plan.given
+    topk, _scale, blkq, blkk, feature_map, linear, keep = settings
+    kept = _kept(plan.shared, gradients[0], k, topk, blkq, blkk, feature_map, linear, keep, True, block_map is None)
+    _backward_steps(
+        plan, do, q, k, v, proj_l_weight, None, None, None, key_mask, block_map, kept,
+        (*gradients, None, None, None), *settings,
+    )  # fmt: skip
+    return plan
+
+
+@_on_its_device
+def _compute_backward(
+    do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map, memory,
+    topk, scale, blkq, blkk, feature_map, linear, keep,
+):  # fmt: skip
+    """Gradients of q, k, v and the five weights; None where there is no such weight."""
+    settings = (topk, scale, blkq, blkk, feature_map, linear, keep)
+    do = do.to(q.dtype)
+    if do.stride(-1) != 1:
+        do = do.contiguous()
     weights = (proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
-    gradients = (dweight, dbias, da, dphi_q, dphi_k)
-    return (dq, dk, dv, *(None if w is None else gradient.to(w.dtype) for w, gradient in zip(weights, gradients)))
+    gradients = [None if x is None else torch.empty_like(x) for x in (q, k, k, *weights)]
+    if proj_s_weight is None and phi_q_weight is None and linear != "marginal":
+        layouts = map(layout, (do, q, k, v, proj_l_weight, proj_l_bias, key_mask, block_map))
+        plan = _backward_plan(q.device, *layouts, settings)
+        plan.run(do, q, k, v, proj_l_weight, key_mask, block_map, *gradients[:5], memory)
+        return gradients
+    dq, choose = gradients[0], block_map is None
+    kept = _kept(Parts(q.device), dq, k, topk, blkq, blkk, feature_map, linear, keep, True, choose)
+    _backward_steps(
+        Now(q.device), do, q, k, v, proj_l_weight, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+        [None if x is None else x.of(memory) for x in kept], gradients, *settings,
+    )  # fmt: skip
+    return gradients
 
 
 @torch.library.custom_op(add_op_namespace_prefix("backward"), mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, proj_l_weight: Optional[Tensor], proj_l_bias: Optional[Tensor],
     proj_s_weight: Optional[Tensor], phi_q_weight: Optional[Tensor], phi_k_weight: Optional[Tensor],
-    key_mask: Optional[Tensor], block_map: Tensor, o_s: Tensor, lse: Tensor, indices: Tensor, h: Tensor, z: Tensor,
+    key_mask: Optional[Tensor], block_map: Optional[Tensor], memory: Tensor,
     topk: float, scale: float, blkq: int, blkk: int, feature_map: str, linear: str, keep: List[int],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """_compute_backward with empty tensors for None."""
     outputs = _compute_backward(
         do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
-        o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
+        memory, topk, scale, blkq, blkk, feature_map, linear, tuple(keep),
     )  # fmt: skip
     return tuple(q.new_empty(0) if x is None else x for x in outputs)
 
 
 @_backward.register_fake
 def _(
-    do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
-    o_s, lse, indices, h, z, topk, scale, blkq, blkk, feature_map, linear, keep,
+    do, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map, memory,
+    topk, scale, blkq, blkk, feature_map, linear, keep,
 ):  # fmt: skip
     weights = (proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight)
     gradients = [q.new_empty(0) if weight is None else torch.empty_like(weight) for weight in weights]
     return (torch.empty_like(q), torch.empty_like(k), torch.empty_like(k), *gradients)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, key_mask, block_map, topk, _skip, scale, blkq, blkk, feature_map, linear, keep, save = inputs
-    ctx.saved = save
-    if not save:
-        return
-    _, o_s, lse, indices, chosen, h, z = output
-    ctx.save_for_backward(*tensors, key_mask, chosen if block_map is None else block_map, o_s, lse, indices, h, z)
-    ctx.settings = (topk, scale, blkq, blkk, feature_map, linear, keep)
-
-
-def _needed(ctx, saved, gradients):
+def _needed(ctx, saved, gradients, rest):
     """Gradients of the forward's arguments: of the tensors that are there and want one, None for the others."""
     wanted = (x is not None and need for x, need in zip(saved, ctx.needs_input_grad))
-    return (*(gradient if want else None for want, gradient in zip(wanted, gradients)), *([None] * 11))
+    return (*(gradient if want else None for want, gradient in zip(wanted, gradients)), *([None] * rest))
+
+
+def _setup_op_context(ctx, inputs, output):
+    *tensors, topk, _skip, scale, blkq, blkk, feature_map, linear, keep, save = inputs
+    ctx.saved = save
+    if save:
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.settings = (topk, scale, blkq, blkk, feature_map, linear, keep)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, do, *_):
     if not ctx.saved:
         raise RuntimeError("this call of sla_attention kept nothing for a backward")
     saved = ctx.saved_tensors  # once: checkpointing hands each tensor out a single time
-    return _needed(ctx, saved[:8], _backward(do, *saved, *ctx.settings))
-
-
-def _setup_op_context(ctx, inputs, output):
-    _setup_context(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[1:])
+    return _needed(ctx, saved[:8], _backward(do, *saved, *ctx.settings), 11)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_op_context)
@@ -249,12 +340,14 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        outputs = _compute_forward(*arguments)
-        _setup_context(ctx, arguments, outputs)
-        return outputs[0]
+        *tensors, settings = arguments
+        o, memory = _compute_forward(*tensors, *settings, True)
+        ctx.save_for_backward(*tensors, memory)
+        ctx.settings = (settings[0], *settings[2:])
+        return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         saved = ctx.saved_tensors
-        return _needed(ctx, saved[:8], _compute_backward(do, *saved, *ctx.settings))
+        return _needed(ctx, saved[:8], _compute_backward(do, *saved, *ctx.settings), 3)

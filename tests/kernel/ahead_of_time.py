@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from diffusers_sla.kernel import backward, forward, launch, linear, selection
+from diffusers_sla.kernel import backward, forward, launch, linear, selection, sparse
 
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint32: "u32",
@@ -61,26 +61,12 @@ class Compiled:
 
 def launches(D, dtype, blkq, blkk, feature_map):
     """Every launch of a forward and a backward, on tensors that nobody reads."""
-    H, L, none = 2, 512, (0, 0)
-    q, k, v, do = (torch.zeros(1, H, L, D, dtype=dtype) for _ in range(4))
-    features = D * forward.HALVES[feature_map]
-    num_q_blocks, num_k_blocks = L // blkq, L // blkk
-    phi = q if feature_map == "hedgehog" else None
-    weight, bias = torch.zeros(D, D), torch.zeros(D)
-    selection.prepare(q, k, v, phi, None, blkq, blkk, none, none, feature_map, "all", True, 1.0)
-    means = (torch.zeros(1, H, n, D) for n in (num_q_blocks, num_k_blocks))
-    indices, block_map = selection.select(*means, None, 0.25, 0.0, 1.0, dtype)
-    sums, z = torch.zeros(1, H, 4, features, D), torch.zeros(1, H, 4, features)
-    m, z, _ = linear.gather_sums(sums, z, None, weight, dtype)
-    forward.sparse_fwd(
-        q, k, v, phi, indices, None, m, z, weight, bias, blkq, blkk, none, none, feature_map, 1.0, 1e-5, True
-    )
-    linear.linear_bwd_q(q, do, m, z, q, blkq, none, feature_map, 1e-5, False)
-    linear.linear_bwd_k(k, v, None, m, z, k, v, blkk, none, feature_map)
-    backward.sparse_bwd(
-        do, q, k, v, q, torch.zeros(1, H, L), indices, selection.invert(block_map, 0.25), None, q, k, v,
-        blkq, blkk, none, none, 1.0, True,
-    )  # fmt: skip
+    q = torch.zeros(1, 2, 512, D, dtype=dtype)
+    weight, phi = torch.zeros(D, D), torch.zeros(D, D) if feature_map == "hedgehog" else None
+    inputs = (q, q, q, weight, weight[0], weight, phi, phi, None, None)
+    settings = (blkq, blkk, feature_map, "all", (0, 0, 0, 0))
+    o, memory = sparse._compute_forward(*inputs, 0.25, 0.0, 1.0, *settings, True)
+    sparse._compute_backward(o, *inputs, memory, 0.25, 1.0, *settings)
 
 
 def main(backend, arch, count=None):

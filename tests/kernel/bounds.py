@@ -5,9 +5,15 @@ import torch
 from triton.runtime import interpreter
 
 
+def _range(x):
+    """First address of a tensor, and the one after its last."""
+    last = sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
 def use(monkeypatch):
     """Check each load and store of every launch until the test ends."""
-    storages: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     launch, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
 
@@ -15,13 +21,12 @@ def use(monkeypatch):
         addresses, there = np.broadcast_arrays(pointers.data.astype(np.int64), np.asarray(mask.data).astype(bool))
         addresses, size = addresses[there], pointers.get_element_ty().primitive_bitwidth // 8
         inside = np.zeros(addresses.shape, dtype=bool)
-        for first, end in storages:
+        for first, end in ranges:
             inside |= (addresses >= first) & (addresses + size <= end)
         assert inside.all(), f"{(~inside).sum()} addresses of a {what} lie in no tensor of the launch"
 
     def checked_launch(self, *arguments, **constants):
-        tensors = [x.untyped_storage() for x in arguments if isinstance(x, torch.Tensor)]
-        storages[:] = [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in tensors]
+        ranges[:] = [_range(x) for x in arguments if isinstance(x, torch.Tensor)]
         return launch(self, *arguments, **constants)
 
     def checked_load(self, pointers, mask, *rest):

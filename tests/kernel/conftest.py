@@ -10,15 +10,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # closeness, cases
 
 @pytest.fixture(autouse=True)
 def nan_memory(monkeypatch):
-    """torch.empty hands out NaN (or the smallest integer), so that what nobody wrote cannot pass for a result."""
+    """torch.empty hands out NaN (or a negative integer), so that what nobody wrote cannot pass for a result."""
 
     def filled(make):
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
             if tensor.device.type == "meta":
                 return tensor
+            number = torch.iinfo(tensor.dtype).min // 2 if not tensor.is_floating_point() else float("nan")
+            if tensor.dtype is torch.uint8:  # memory of other types: NaN of any float, -1 of any integer
+                number = 255
             with torch.no_grad():  # activation checkpointing makes empty leaves of its own
-                return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min // 2)
+                return tensor.fill_(number)
 
         return wrapper
 

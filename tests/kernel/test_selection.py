@@ -39,11 +39,12 @@ def test_ties_go_to_the_lower_index(impl, device):
 
 
 def test_the_inverse_list_names_who_chose_each_block(device):
+    from diffusers_sla.kernel.plan import Now
     from diffusers_sla.kernel.selection import invert
 
     q, k = torch.randn(1, 2, 96, 16, device=device), torch.randn(1, 2, 160, 16, device=device)
     chosen = select_blocks(q, k, topk=0.3, blkq=16, blkk=16, impl="reference")
-    starts, counts, listed = invert(chosen, 0.3)
+    starts, counts, listed = invert(Now(chosen.device), chosen, 0.3)
     for head in range(2):
         for block in range(10):
             rows = listed[head, starts[head, block] :][: counts[head, block]].tolist()
