@@ -182,6 +182,8 @@ def _check_keys(q, k, key_mask, keep_q, keep_k):
     B, Lk = k.shape[0], k.shape[2]
     if key_mask is not None and (tuple(key_mask.shape) != (B, Lk) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask must be bool of shape {(B, Lk)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+    if key_mask is not None and key_mask.device != q.device:
+        raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
     for name, keep, length in (("keep_q", keep_q, q.shape[2]), ("keep_k", keep_k, Lk)):
         if len(keep) != 2 or min(keep) < 0 or sum(keep) >= length:
             raise ValueError(f"{name} must be two counts >= 0 that leave a token of {length} between, got {keep}")
@@ -194,3 +196,5 @@ def _check_block_map(q, k, block_map, blkq, blkk, keep_q, keep_k):
     shape = (q.shape[0], q.shape[1], rows, cols)
     if tuple(block_map.shape) != shape or block_map.dtype != torch.int8:
         raise ValueError(f"block_map must be int8 of shape {shape}, got {block_map.dtype} {tuple(block_map.shape)}")
+    if block_map.device != q.device:
+        raise ValueError(f"block_map must be on {q.device} like q, got {block_map.device}")

@@ -26,6 +26,16 @@ X = torch.zeros(1, 2, 32, 16)
         ({"proj_l_weight": torch.zeros(8, 8)}, ValueError, r"proj_l_weight must have shape \(16, 16\), got \(8, 8\)"),
         ({"proj_l_bias": torch.zeros(16)}, ValueError, "proj_l_bias needs proj_l_weight"),
         ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, r"key_mask must be bool of shape \(1, 32\)"),
+        (
+            {"key_mask": torch.ones(1, 32, dtype=torch.bool, device="meta")},
+            ValueError,
+            "key_mask must be on cpu like q, got meta",
+        ),
+        (
+            {"block_map": torch.zeros(1, 2, 1, 1, dtype=torch.int8, device="meta")},
+            ValueError,
+            "block_map must be on cpu like q, got meta",
+        ),
         ({"keep_q": (16, 16)}, ValueError, "keep_q must be two counts"),
         ({"block_map": torch.zeros(1, 2, 9, 9, dtype=torch.int8)}, ValueError, "block_map must be int8 of shape"),
     ],
