@@ -42,7 +42,8 @@ class IdleDriver:
         self.launcher_cls, self.utils = Launcher, self
 
     def load_binary(self, name, kernel, shared, device):
-        return 1, next(self.loaded), 32, 0, 1024  # module, function, registers, spills, most threads
+        most_threads = (1024,) if hasattr(triton, "knobs") else ()  # since Triton 3.4
+        return 1, next(self.loaded), 32, 0, *most_threads  # module, function, registers, spills
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}

@@ -10,6 +10,7 @@ FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def sla_attention(
@@ -67,22 +68,25 @@ def sla_attention(
     _check_keys(q, k, key_mask, keep_q, keep_k)
     _check_block_map(q, k, block_map, blkq, blkk, keep_q, keep_k)
 
-    arguments = dict(
-        topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip, scale=scale,
+    return _attention(impl, q)(
+        q, k, v, topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip, scale=scale,
         proj_l_weight=proj_l_weight, proj_l_bias=proj_l_bias, proj_s_weight=proj_s_weight,
         phi_q_weight=phi_q_weight, phi_k_weight=phi_k_weight,
         key_mask=key_mask, keep_q=tuple(keep_q), keep_k=tuple(keep_k), block_map=block_map,
     )  # fmt: skip
+
+
+def _attention(impl, q):
     impl = _resolve(impl, q)
-    if impl == "reference":
-        return sla_attention_reference(q, k, v, **arguments)
+    if impl == "triton":
+        from .sparse import sla_attention_triton
+
+        return sla_attention_triton
     if impl == "eager":
         from .eager import sla_attention_eager
 
-        return sla_attention_eager(q, k, v, **arguments)
-    from .sparse import sla_attention_triton
-
-    return sla_attention_triton(q, k, v, **arguments)
+        return sla_attention_eager
+    return sla_attention_reference
 
 
 def select_blocks(q, k, *, topk=0.2, blkq=64, blkk=64, skip=0.0, scale=None, key_mask=None, keep_q=(0, 0), keep_k=(0, 0), impl="auto"):  # fmt: skip  # noqa: E501
@@ -110,7 +114,9 @@ def select_blocks(q, k, *, topk=0.2, blkq=64, blkk=64, skip=0.0, scale=None, key
 
 def _autocast(*tensors):
     """What F.scaled_dot_product_attention does with its inputs under torch.autocast."""
-    if not all(isinstance(x, torch.Tensor) for x in tensors) or not torch.is_autocast_enabled(tensors[0].device.type):
+    if not isinstance(tensors[0], torch.Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
@@ -125,28 +131,32 @@ def _resolve(impl, q):
 def _check_tensors(q, k, v, impl):
     if impl not in ("auto", "triton", "eager", "reference"):
         raise ValueError(f"impl must be 'auto', 'triton', 'eager' or 'reference', got {impl!r}")
+    shapes = []
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [B, H, L, D], got shape {tuple(x.shape)}")
-        if 0 in x.shape:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
+        shape = x.shape  # once: each time makes a new one
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, L, D], got shape {tuple(shape)}")
+        if 0 in shape:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(shape)}")
+        if x is not q and (x.dtype != q.dtype or x.device != q.device):
             raise ValueError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
-        if x.stride(-1) != 1 and x.shape[-1] != 1:
+        if x.stride(-1) != 1 and shape[-1] != 1:
             raise ValueError(f"{name} must have unit stride in its last dimension, got strides {x.stride()}")
-    allowed = (torch.float32, torch.float16, torch.bfloat16) + ((torch.float64,) if impl == "reference" else ())
+        shapes.append(shape)
+    allowed = DTYPES if impl != "reference" else (*DTYPES, torch.float64)
     if q.dtype not in allowed:
         raise TypeError(f"q must be one of {', '.join(map(str, allowed))}, got {q.dtype}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have q's batch and head size, got {tuple(k.shape)} for q {tuple(q.shape)}")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the number of key heads must divide the number of query heads, got {k.shape[1]} for {q.shape[1]}")  # fmt: skip  # noqa: E501
-    if q.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"the head size D must be at most {MAX_HEAD_DIM}, got {q.shape[3]}")
+    (B, H, _, D), k_shape, v_shape = shapes
+    if k_shape != v_shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k_shape)} and {tuple(v_shape)}")
+    if k_shape[0] != B or k_shape[3] != D:
+        raise ValueError(f"k must have q's batch and head size, got {tuple(k_shape)} for q {tuple(q.shape)}")
+    if H % k_shape[1]:
+        raise ValueError(f"the number of key heads must divide the number of query heads, got {k_shape[1]} for {H}")
+    if D > MAX_HEAD_DIM:
+        raise ValueError(f"the head size D must be at most {MAX_HEAD_DIM}, got {D}")
 
 
 def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causal):
@@ -179,14 +189,15 @@ def _check_weight(name, weight, shape, q):
 
 
 def _check_keys(q, k, key_mask, keep_q, keep_k):
-    B, Lk = k.shape[0], k.shape[2]
-    if key_mask is not None and (tuple(key_mask.shape) != (B, Lk) or key_mask.dtype != torch.bool):
-        raise ValueError(f"key_mask must be bool of shape {(B, Lk)}, got {key_mask.dtype} {tuple(key_mask.shape)}")
-    if key_mask is not None and key_mask.device != q.device:
-        raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
-    for name, keep, length in (("keep_q", keep_q, q.shape[2]), ("keep_k", keep_k, Lk)):
-        if len(keep) != 2 or min(keep) < 0 or sum(keep) >= length:
-            raise ValueError(f"{name} must be two counts >= 0 that leave a token of {length} between, got {keep}")
+    if key_mask is not None:
+        shape = (k.shape[0], k.shape[2])
+        if tuple(key_mask.shape) != shape or key_mask.dtype != torch.bool:
+            raise ValueError(f"key_mask must be bool of shape {shape}, got {key_mask.dtype} {tuple(key_mask.shape)}")
+        if key_mask.device != q.device:
+            raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
+    for name, keep, x in (("keep_q", keep_q, q), ("keep_k", keep_k, k)):
+        if len(keep) != 2 or min(keep) < 0 or sum(keep) >= x.shape[2]:
+            raise ValueError(f"{name} must be two counts >= 0 that leave a token of {x.shape[2]} between, got {keep}")
 
 
 def _check_block_map(q, k, block_map, blkq, blkk, keep_q, keep_k):

@@ -23,7 +23,7 @@ from diffusers_sla.kernel.launch import Launch
 IDLE = use_idle_driver()
 EMPTY = {"empty": torch.empty, "empty_like": torch.empty_like}
 CASES = [
-    {"D": 32},
+    {"D": 32, "Lk": 200},
     {"D": 16, "mask": True, "Hkv": 1, "keep_q": (3, 5), "keep_k": (0, 7), "bias": False, "Lk": 70},
     {"D": 16, "linear": "none", "blhd": True},
 ]
@@ -32,7 +32,7 @@ CASES = [
 class Call:
     """A forward and, if there is one, its backward; `launches` holds what the launchers were called with."""
 
-    def __init__(self, D, L=80, Lk=80, Hkv=2, mask=False, bias=True, blhd=False, shift=0, grad=True, **settings):
+    def __init__(self, D, L=150, Lk=150, Hkv=2, mask=False, bias=True, blhd=False, shift=0, grad=True, **settings):
         def tokens(heads, length):
             flat = torch.empty(length * heads * D + 8, dtype=torch.float16)[shift : shift + length * heads * D]
             x = flat.view(1, length, heads, D).transpose(1, 2) if blhd else flat.view(1, heads, length, D)
@@ -67,7 +67,7 @@ class Call:
         for name, make in EMPTY.items():
             setattr(torch, name, watch(make))
         self.tensors.append(do)
-        settings = {"topk": 0.3, "blkq": 16, "blkk": 16, "impl": "triton"} | settings
+        settings = {"topk": 0.3, "blkq": 64, "blkk": 64, "impl": "triton"} | settings
         o = sla_attention(q, k, v, **settings)
         if o.requires_grad:
             wanted = [x for x in self.tensors[:5] if x.requires_grad]
@@ -137,7 +137,7 @@ def the_stream_is_that_of_the_call():
 def threads_share_a_plan():
     def work():
         for _ in range(50):
-            sla_attention(q, q, q, topk=0.3, blkq=16, blkk=16, proj_l_weight=w, impl="triton")
+            sla_attention(q, q, q, topk=0.3, blkq=64, blkk=64, proj_l_weight=w, impl="triton")
 
     q, w = torch.zeros(1, 2, 112, 32, dtype=torch.float16), torch.zeros(32, 32)
     IDLE.launched = []
