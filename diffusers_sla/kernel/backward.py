@@ -6,26 +6,38 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import exp2, listed_block, load_rows, masked_keys, num_listed_whole, num_rows, place_in_block
+from .forward import (
+    add_dot,
+    dot_over_d,
+    exp2,
+    listed_block,
+    load_rows,
+    masked_keys,
+    num_listed_whole,
+    num_rows,
+    place_in_block,
+)
 from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
 @triton.jit
 def _dq_step(
-    q, do, k, v, visible, lse, delta, dq, scale_log2, FIRST: tl.constexpr, MASKED: tl.constexpr,
+    q, do, k, v, visible, lse, top, delta, dq, scale_log2, FIRST: tl.constexpr, MASKED: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over a tile of keys: adds to delta in the FIRST of two turns, else to dq."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = dot_over_d(q, tl.trans(k), EXACT, PRECISION)
+    if EXACT:
+        scores -= top[:, None]
     p = exp2(scores * scale_log2 - lse[:, None], EXACT)
     if MASKED:
         p = tl.where(visible[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = dot_over_d(do, tl.trans(v), EXACT, PRECISION)
     if FIRST:
         delta += tl.sum(p * dp, 1)
     else:
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = add_dot(ds.to(k.dtype), k, dq, EXACT, PRECISION)
     return delta, dq
 
 
@@ -47,7 +59,8 @@ def _sparse_bwd_dq_kernel(
     one key has nearly all the weight, little but their rounding is left of the difference.
 
     Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of
-    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse, delta: [B, H, num_rows] float32.
+    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the forward. delta: [B, H, num_rows]
+    float32.
     """
     pid = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -78,6 +91,10 @@ def _sparse_bwd_dq_kernel(
         o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
         delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
     lse = tl.load(lse_ptr + bh * num_rows + rows, mask=row_valid, other=float("inf"))
+    top = lse
+    if EXACT:
+        maxima = lse_ptr + tl.num_programs(1).to(tl.int64) * num_rows
+        top = tl.load(maxima + bh * num_rows + rows, mask=row_valid, other=0.0)
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
@@ -111,7 +128,7 @@ def _sparse_bwd_dq_kernel(
             if HAS_MASK:
                 visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
             delta, dq = _dq_step(
-                q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, HAS_MASK, EXACT, PRECISION
+                q, do, k, v, visible, lse, top, delta, dq, scale_log2, turn < EXACT, HAS_MASK, EXACT, PRECISION
             )
         for step in range(0, num_steps):
             keys, visible = masked_keys(
@@ -125,7 +142,7 @@ def _sparse_bwd_dq_kernel(
             k = tl.load(k_base + offsets * stride_kl + cols[None, :], mask=load, other=0.0)
             v = tl.load(v_base + offsets * stride_vl + cols[None, :], mask=load, other=0.0)
             delta, dq = _dq_step(
-                q, do, k, v, visible, lse, delta, dq, scale_log2, turn < EXACT, True, EXACT, PRECISION
+                q, do, k, v, visible, lse, top, delta, dq, scale_log2, turn < EXACT, True, EXACT, PRECISION
             )
     if KEEP_Q:
         tl.store(delta_ptr + bh * num_rows + rows, delta, mask=row_valid)
@@ -140,7 +157,8 @@ def _sparse_bwd_dq_kernel(
 
 @triton.jit
 def _load_queries(
-    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D: tl.constexpr
+    q_base, do_base, lse_base, maxima, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Tiles of any rows. What is not valid has lse = inf, hence p = 0."""
     load = row_valid[:, None] & (cols[None, :] < D)
@@ -148,24 +166,29 @@ def _load_queries(
     q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
     do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
     lse = tl.load(lse_base + rows, mask=row_valid, other=float("inf"))
+    top = lse
+    if EXACT:
+        top = tl.load(maxima + rows, mask=row_valid, other=0.0)
     delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
-    return q, do, lse, delta
+    return q, do, lse, top, delta
 
 
 @triton.jit
 def _dkdv_step(
-    q, do, lse, delta, k, v, visible, dk, dv, scale_log2,
+    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2,
     MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over a tile of queries."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+    scores = dot_over_d(k, tl.trans(q), EXACT, PRECISION)  # [N, M]
+    if EXACT:
+        scores -= top[None, :]
     p = exp2(scores * scale_log2 - lse[None, :], EXACT)
     if MASKED:
         p = tl.where(visible[:, None], p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dv = add_dot(p.to(do.dtype), do, dv, EXACT, PRECISION)
+    dp = dot_over_d(v, tl.trans(do), EXACT, PRECISION)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = add_dot(ds.to(q.dtype), q, dk, EXACT, PRECISION)
     return dk, dv
 
 
@@ -222,6 +245,7 @@ def _sparse_bwd_dkdv_kernel(
         q_base = q_ptr + b * stride_qb + h * stride_qh
         do_base = do_ptr + b * stride_db + h * stride_dh
         lse_base = lse_ptr + bh * num_rows
+        maxima = lse_base + tl.num_programs(1).to(tl.int64) * GROUP * num_rows
         delta_base = delta_ptr + bh * num_rows
         first = 0
         last = 0
@@ -249,17 +273,35 @@ def _sparse_bwd_dkdv_kernel(
                 else:
                     lse = tl.load(lse_base + row + m)
                     delta = tl.load(delta_base + row + m)
-                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
+                top = lse
+                if EXACT:
+                    top = tl.load(maxima + row + m, mask=row_valid, other=0.0)
+                dk, dv = _dkdv_step(
+                    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
+                )
         else:
             for start in range(first, last, PER_STEP):
                 position = start + m // BLKQ
                 chosen = tl.load(list_base + position, mask=position < last, other=0)
                 rows = q_first + chosen * BLKQ + m % BLKQ
                 row_valid = (position < last) & (rows < q_end)
-                q, do, lse, delta = _load_queries(
-                    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D
+                q, do, lse, top, delta = _load_queries(
+                    q_base,
+                    do_base,
+                    lse_base,
+                    maxima,
+                    delta_base,
+                    rows,
+                    row_valid,
+                    stride_ql,
+                    stride_dl,
+                    cols,
+                    D,
+                    EXACT,
                 )
-                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
+                dk, dv = _dkdv_step(
+                    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
+                )
         if KEEP_Q or KEEP_K:
             front_end = q_first
             back = q_end
@@ -271,10 +313,23 @@ def _sparse_bwd_dkdv_kernel(
                 at_front = step < num_front_steps
                 rows = tl.where(at_front, step * BLOCK_M, back + (step - num_front_steps) * BLOCK_M) + m
                 row_valid = rows < tl.where(at_front, front_end, Lq)
-                q, do, lse, delta = _load_queries(
-                    q_base, do_base, lse_base, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D
+                q, do, lse, top, delta = _load_queries(
+                    q_base,
+                    do_base,
+                    lse_base,
+                    maxima,
+                    delta_base,
+                    rows,
+                    row_valid,
+                    stride_ql,
+                    stride_dl,
+                    cols,
+                    D,
+                    EXACT,
                 )
-                dk, dv = _dkdv_step(q, do, lse, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION)
+                dk, dv = _dkdv_step(
+                    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
+                )
 
     dk *= scale
     g_offsets = b * stride_gb + h_kv * stride_gh + at * stride_gl + cols[None, :]
@@ -315,7 +370,7 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
         *strides, *o_s.stride()[:3],
         H, Hkv, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
         D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
 
     config = dkdv_config(q, blkq, blkk)
@@ -327,5 +382,5 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
         H, Hkv, *ranges, front, front + back, num_k_blocks, rows, listed.shape[1], scale, scale_log2,
         GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLKQ=blkq, BLKK=blkk, **flags,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip

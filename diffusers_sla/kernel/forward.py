@@ -104,22 +104,51 @@ def log2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def dot_over_d(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a [M, BLOCK_D] times b [BLOCK_D, N]. EXACT, for float32: 32 columns of a at a time, as tensor cores cut their
+    sums off; the bound on imprecise sums, of no effect on float32, keeps Triton from making one sum of them again."""
+    K: tl.constexpr = b.shape[0]
+    if EXACT and K > 32:
+        d = tl.arange(0, K)[:, None]
+        product = tl.dot(a, tl.where(d < 32, b, 0.0), input_precision=PRECISION, max_num_imprecise_acc=32)
+        for first in tl.static_range(32, K, 32):
+            part = tl.where((d >= first) & (d < first + 32), b, 0.0)
+            product += tl.dot(a, part, input_precision=PRECISION, max_num_imprecise_acc=32)
+        return product
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a times b; EXACT adds in float32, as above."""
+    if EXACT:
+        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=32)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _attend(
     q, k, v, visible, acc, row_sum, row_max, scale_log2,
     MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]. row_max: before scaling."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+    scores = dot_over_d(q, tl.trans(k), EXACT, PRECISION)  # [M, N]
     if MASKED:
         scores = tl.where(visible[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     top = new_max
     if MASKED:
         top = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet
-    top = top * scale_log2
-    p = exp2(scores * scale_log2 - top[:, None], EXACT)
-    rescale = exp2(row_max * scale_log2 - top, EXACT)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    if EXACT:
+        p = exp2((scores - top[:, None]) * scale_log2, EXACT)
+        rescale = exp2((row_max - top) * scale_log2, EXACT)
+    else:
+        top = top * scale_log2
+        p = exp2(scores * scale_log2 - top[:, None], EXACT)
+        rescale = exp2(row_max * scale_log2 - top, EXACT)
+    acc = add_dot(p.to(v.dtype), v, acc * rescale[:, None], EXACT, PRECISION)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     return acc, row_sum, new_max
 
@@ -144,7 +173,7 @@ def _sparse_fwd_kernel(
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
     m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
     already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H,
-    num_rows] float32, base 2.
+    num_rows] float32, base 2; EXACT: [2, B, H, num_rows], the logarithm of the sum, and the largest score it is of.
     scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
@@ -225,7 +254,14 @@ def _sparse_fwd_kernel(
     o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
     o_offsets = o_base + cols[None, :]
     if SAVE:
-        lse = tl.where(empty, float("inf"), row_max * scale_log2 + log2(row_sum, EXACT))
+        lse = log2(row_sum, EXACT)
+        if EXACT:
+            maxima = lse_ptr + tl.num_programs(1).to(tl.int64) * num_rows
+            top = tl.where(empty, 0.0, -row_max if NEGATIVE else row_max)
+            tl.store(maxima + bh * num_rows + rows, top, mask=row_valid)
+        else:
+            lse += row_max * scale_log2
+        lse = tl.where(empty, float("inf"), lse)
         if KEEP_Q:
             tl.store(lse_ptr + bh * num_rows + rows, lse, mask=row_valid)
         else:  # the rows that fill up the last block, too: p = 0 in the backward
@@ -280,6 +316,11 @@ def num_rows(Lq, blkq):
     return (Lq + blkq - 1) // blkq * blkq
 
 
+def statistics(dtype):
+    """How many statistics the forward leaves of a row: float32 would lose its last bits in one."""
+    return 2 if dtype == torch.float32 else 1
+
+
 def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, blkq, blkk, keep_q, keep_k, feature_map, scale, eps):  # fmt: skip  # noqa: E501
     """Launch the forward. Fills o, and o_s and lse where they are given; o_s has o's strides."""
     B, H, Lq, D = q.shape
@@ -308,5 +349,5 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
         HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, EXACT=q.dtype == torch.float32,
         PRECISION=PRECISION,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip

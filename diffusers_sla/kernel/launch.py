@@ -40,8 +40,9 @@ REST = 2048  # for what is not a tile of q, k, v or dO
 
 @dataclass(frozen=True)
 class Launch:
-    """num_warps, num_stages: as in Triton. block_m, block_n: rows and columns of a tile of scores. block_r, block_c:
-    tile of a [D, D] matrix. rows: rows per program or step. programs: about how many programs share the work."""
+    """num_warps, num_stages: as in Triton; registers: at most so many a thread, None as the compiler likes. block_m,
+    block_n: rows and columns of a tile of scores. block_r, block_c: tile of a [D, D] matrix. rows: rows per program or
+    step. programs: about how many programs share the work."""
 
     num_warps: int = 4
     num_stages: int = 2
@@ -51,6 +52,13 @@ class Launch:
     block_c: int = 64
     rows: int = 64
     programs: int = 264
+    registers: int | None = None
+
+    @property
+    def options(self):
+        """What Triton takes."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
 @functools.lru_cache(maxsize=None)
@@ -134,7 +142,13 @@ def _row_bytes(x):
 def _block_r(x):
     """A whole [D, D] matrix where a tile of it in x's dtype takes no more than 32 KB."""
     BLOCK_D = block_d(x.shape[-1])
-    return BLOCK_D if BLOCK_D * _row_bytes(x) <= 32768 else max(16, 16384 // _row_bytes(x))
+    return BLOCK_D if BLOCK_D * _row_bytes(x) <= 32768 else max(32, 16384 // _row_bytes(x))
+
+
+def _registers(x):
+    """With tiles of 64 rows of 128 bytes a limit lets four programs share a multiprocessor, where it multiplies from
+    shared memory."""
+    return 128 if _row_bytes(x) <= 128 and shared_memory(x.device) > 2 * SMALL_SHARED else None
 
 
 @tunable
@@ -142,8 +156,8 @@ def prepare_config(q):
     wide = _row_bytes(q) > 256
     small = shared_memory(q.device) <= SMALL_SHARED
     return Launch(
-        num_warps=4 if block_d(q.shape[-1]) < 128 else 8, num_stages=1 if wide else 2 if small else 3,
-        block_c=64 if wide else 128, rows=64 if wide else 256,
+        num_warps=8 if wide else 4, num_stages=1 if wide else 2 if small else 3,
+        block_c=64 if wide else 128, rows=64 if wide else 128,
     )  # fmt: skip
 
 
@@ -154,27 +168,27 @@ def select_config(q_mean):
 @tunable
 def forward_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
-    block_m = min(blkq, 128 if row <= 256 else 64)
-    block_n = max(64, min(blkk, 128)) if row <= 256 else 32
-    if block_m == 128 and block_n == 64 and shared > 2 * SMALL_SHARED:
-        block_n = 128
+    block_m = min(blkq, 64)
+    block_n = 64 if row <= 256 else 32
     while block_m * row + 2 * block_n * row > shared - REST and block_n > 16:
         block_n //= 2
     # Where tiles of float32 are multiplied, what the tensor cores read is in shared memory once more.
     copies = 2 if q.element_size() == 4 else 1
     stages = _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
-    return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q))
+    return Launch(8 if row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q), registers=_registers(q))
 
 
 @tunable
 def dq_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
-    block_m = min(blkq, 128 if row <= 256 else 32)
+    block_m = min(blkq, 32 if row > 256 else 64 if row <= 128 else 128)
     block_n = 64 if row <= 256 else 32
-    while 2 * (block_m + block_n) * row > shared - REST and block_n > 16:
+    copies = 2 if q.element_size() == 4 else 1
+    while 2 * copies * (block_m + block_n) * row > shared - REST and block_n > 16:
         block_n //= 2
-    stages = _stages(shared, 2 * block_m * row, 2 * block_n * row, 3 if block_m >= 128 else 2)
-    return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n)
+    most = 3 if block_m >= 128 or row <= 128 else 2
+    stages = _stages(shared, 2 * copies * block_m * row, 2 * copies * block_n * row, most)
+    return Launch(8 if block_m >= 128 or row > 256 else 4, stages, block_m, block_n, registers=_registers(q))
 
 
 @tunable
@@ -182,21 +196,33 @@ def dkdv_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_n = min(blkk, 128 if row <= 256 else 32)
     block_m = 64 if row <= 256 else 32
-    while 2 * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
+    copies = 2 if q.element_size() == 4 else 1
+    while 2 * copies * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
         block_m //= 2
-    stages = _stages(shared, 2 * block_n * row, 2 * block_m * row, 2)
+    stages = _stages(shared, 2 * copies * block_n * row, 2 * copies * block_m * row, 3 if row <= 128 else 2)
     return Launch(8 if block_n >= 128 or row > 256 else 4, stages, block_m, block_n)
+
+
+def _linear_block_r(x, halves, most):
+    """Tiles of fewer than 32 columns are multiplied wrongly by Triton 3.6 with 8 warps on Hopper."""
+    return max(32, min(_block_r(x), most) // halves)
 
 
 @tunable
 def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
     small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
-    block_r = min(_block_r(q), 64) if small else _block_r(q)
-    return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, block_r // halves))
+    return Launch(
+        num_warps=8 if small or _row_bytes(q) > 128 else 4, num_stages=1 if small else 2,
+        block_r=_linear_block_r(q, halves, 64 if small else 128),
+    )  # fmt: skip
 
 
 @tunable
 def linear_k_config(k, halves):
-    small = halves == 2 or _row_bytes(k) > 256 or shared_memory(k.device) <= SMALL_SHARED
-    return Launch(num_warps=8, num_stages=1 if small else 2, block_r=max(16, _block_r(k) // halves), programs=528)
+    wide = halves == 2 or _row_bytes(k) > 256
+    small = shared_memory(k.device) <= SMALL_SHARED
+    return Launch(
+        num_warps=8 if wide else 4, num_stages=1 if wide or small else 3, block_r=_linear_block_r(k, halves, 128),
+        rows=64 if wide else 32, programs=528,
+    )  # fmt: skip

@@ -317,7 +317,7 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
         D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLKQ=blkq, BLKK=blkk, GROUP=group,
         PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None,
         HAS_LINEAR=linear != "none", POOL=pool, PRECISION=PRECISION,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
     return q_mean, k_mean, k_bias, sums, z
 
@@ -349,7 +349,7 @@ def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map):
         indices.shape[3], num_k_blocks - num_skipped, scale,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
-        PRECISION=rounded_precision(dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        PRECISION=rounded_precision(dtype), **config.options,
     )  # fmt: skip
 
 

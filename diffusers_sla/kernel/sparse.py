@@ -15,7 +15,7 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
 from .features import HALVES
-from .forward import num_rows, sparse_fwd
+from .forward import num_rows, sparse_fwd, statistics
 from .linear import (
     EPS,
     gather_marginal,
@@ -85,7 +85,7 @@ def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, 
 def _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, choose):
     """The tensors that a forward leaves to its backward, one after the other in `parts`; None for those there are not.
 
-    o_s [B, H, Lq, D] with o's strides and lse [B, H, num_rows] when `save`; indices [B, H, num_q_blocks, n] int32; the
+    o_s [B, H, Lq, D] with o's strides and lse when `save`; indices [B, H, num_q_blocks, n] int32; the
     block map when `choose`; m [B, Hkv, 1, F, D], h [B, Hkv, F, D] and z [B, Hkv, 1, F] when every block is summed.
     """
     (B, H, Lq, D), (Hkv, Lk) = o.shape, k.shape[1:3]
@@ -95,7 +95,7 @@ def _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, choose
     F, sums = HALVES[feature_map] * D, linear == "all"
     return (
         parts.add(o.shape, o.dtype, o.stride()) if save else None,
-        parts.add((B, H, num_rows(Lq, blkq))) if save else None,
+        parts.add((statistics(o.dtype), B, H, num_rows(Lq, blkq))) if save else None,
         parts.add((B, H, num_q_blocks, n), torch.int32),
         parts.add((B, H, num_q_blocks, num_k_blocks), torch.int8) if choose else None,
         parts.add((B, Hkv, 1, F, D), o.dtype) if sums else None,

@@ -19,15 +19,16 @@ NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint32: "u32",
     torch.int8: "i8", torch.bool: "i1",
 }  # fmt: skip
-# D, dtype, blkq, blkk, feature map
+# D, dtype, blkq, blkk, feature map, and whether there are a key mask and tokens that are always kept
 CASES = [
-    (128, torch.bfloat16, 64, 64, "softmax"),
-    (128, torch.bfloat16, 128, 64, "softmax"),
-    (128, torch.float16, 128, 128, "hedgehog"),
-    (64, torch.bfloat16, 64, 64, "softmax"),
-    (40, torch.bfloat16, 64, 64, "elu"),
-    (256, torch.bfloat16, 64, 64, "softmax"),
-    (128, torch.float32, 64, 64, "softmax"),
+    (128, torch.bfloat16, 64, 64, "softmax", False),
+    (128, torch.bfloat16, 128, 64, "softmax", False),
+    (128, torch.float16, 128, 128, "hedgehog", False),
+    (64, torch.bfloat16, 64, 64, "softmax", False),
+    (40, torch.bfloat16, 64, 64, "elu", False),
+    (256, torch.bfloat16, 64, 64, "softmax", False),
+    (128, torch.float32, 64, 64, "softmax", False),
+    (256, torch.float32, 64, 64, "hedgehog", True),
 ]
 
 
@@ -40,7 +41,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *arguments, num_warps=4, num_stages=3, **constants):
+    def compile(self, *arguments, num_warps=4, num_stages=3, maxnreg=None, **constants):
         given = dict(zip((p.name for p in self.kernel.params), arguments, strict=False)) | constants
         signature, constexprs, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
@@ -55,16 +56,27 @@ class Compiled:
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constexprs, attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages} | ({"maxnreg": maxnreg} if maxnreg else {})
         self.made.append((self.kernel.__name__, compile(source, target=self.target, options=options).metadata.shared))
 
 
-def launches(D, dtype, blkq, blkk, feature_map):
+def launches(D, dtype, blkq, blkk, feature_map, masked):
     """Every launch of a forward and a backward, on tensors that nobody reads."""
     q = torch.zeros(1, 2, 512, D, dtype=dtype)
     weight, phi = torch.zeros(D, D), torch.zeros(D, D) if feature_map == "hedgehog" else None
-    inputs = (q, q, q, weight, weight[0], weight, phi, phi, None, None)
-    settings = (blkq, blkk, feature_map, "all", (0, 0, 0, 0))
+    inputs = (
+        q,
+        q,
+        q,
+        weight,
+        weight[0],
+        weight,
+        phi,
+        phi,
+        torch.ones(1, 512, dtype=torch.bool) if masked else None,
+        None,
+    )
+    settings = (blkq, blkk, feature_map, "all", (9, 0, 13, 17) if masked else (0, 0, 0, 0))
     o, memory = sparse._compute_forward(*inputs, 0.25, 0.0, 1.0, *settings, True)
     sparse._compute_backward(o, *inputs, memory, 0.25, 1.0, *settings)
 

@@ -70,7 +70,7 @@ def test_another_length_compiles_nothing(linear):
 
     run(4096)
     before = _compiled_kernels()
-    for L in (4160, 3777, 2113):  # the same power of two of key blocks
+    for L in (4032, 3777, 2113):  # the same power of two of key blocks
         run(L)
     assert _compiled_kernels() == before
 
@@ -113,3 +113,5 @@ def test_offsets_beyond_two_to_the_31():
     gradients = torch.autograd.grad(o, (q, k, v), whole)
     for actual, right in zip(gradients, torch.autograd.grad(expected, alone, do), strict=True):
         assert torch.equal(actual[:, -1:], right)
+    del q, k, v, alone, o, whole, gradients
+    torch.cuda.empty_cache()  # tens of gigabytes
