@@ -4,33 +4,61 @@ The sparse branch gathers the chosen key blocks of a few query blocks at a time,
 dense attention over them; its backward gathers again. The linear branch is [D, D]-sized algebra in float32.
 """
 
+import itertools
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
 EPS = 1e-5
-# Bytes of gathered keys and values per step: within the last cache, and few steps.
+SOFTMAX_MAPS = ("softmax", "hedgehog")
+# Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in the last cache, and few steps.
 STEP_BYTES = 16 << 20
-# Rows of one head that the linear branch takes at a time.
-STEP_ROWS = 2048
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
     """`select_blocks` in plain torch."""
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = _as_computed(q, k)
+        return _block_map(_ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k), topk, skip)
+
+
+def _as_computed(*tensors):
+    """Contiguous, and in float32 where products in half precision take longer: on a CPU without matrix units."""
+    dtype = tensors[0].dtype
+    if tensors[0].device.type == "cpu" and not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+        dtype = torch.float32
+    return tuple(x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in tensors)
+
+
+def _ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k):
+    """Key blocks of each query block, best first: [B, H, num_q_blocks, num_k_blocks] int64."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_mean, _ = _block_means(_inner(q, keep_q), blkq, None)
+    # Factors that all scores of a row share do not change its order, so sums do for means where all blocks are whole.
+    q_sum = _blocks(_inner(q, keep_q), blkq).sum(3, dtype=torch.float32)
+    k = _inner(k, keep_k)
     mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
-    k_mean, count = _block_means(_inner(k, keep_k), blkk, mask)
-    k_mean = k_mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = (q_mean @ k_mean.mT) * scale
-    if count is not None:
-        scores = scores.masked_fill((count == 0)[:, None, None], float("-inf"))
-    n = scores.shape[-1]
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    block_map = torch.zeros(scores.shape, dtype=torch.int8, device=q.device)
-    block_map.scatter_(-1, order[..., n - int(skip * n) :], -1)
-    return block_map.scatter_(-1, order[..., : max(1, int(topk * n))], 1)
+    if mask is not None:
+        k = k.masked_fill(~mask[:, None, :, None], 0)
+    elif k.shape[2] % blkk:
+        mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+    k_mean = _blocks(k, blkk).sum(3, dtype=torch.float32)
+    if mask is not None:
+        count = F.pad(mask, (0, -mask.shape[1] % blkk)).unflatten(1, (-1, blkk)).sum(2)[:, None]
+        k_mean /= count.clamp(min=1)[..., None]
+    if q.shape[1] != k.shape[1]:
+        k_mean = k_mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q_sum @ k_mean.mT).mul_(scale)
+    if mask is not None:
+        scores.masked_fill_((count == 0)[:, :, None], float("-inf"))
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def _block_map(ranking, topk, skip):
+    n = ranking.shape[-1]
+    block_map = torch.zeros(ranking.shape, dtype=torch.int8, device=ranking.device)
+    block_map.scatter_(-1, ranking[..., n - int(skip * n) :], -1)
+    return block_map.scatter_(-1, ranking[..., : max(1, int(topk * n))], 1)
 
 
 def sla_attention_eager(
@@ -40,13 +68,17 @@ def sla_attention_eager(
 ):  # fmt: skip
     """`sla_attention` in plain torch. All arguments as there, all required."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if block_map is None:
-        with torch.no_grad():
-            block_map = select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k)
-    n = max(1, int(topk * block_map.shape[-1]))
-    indices = (block_map != 1).to(torch.int8).argsort(dim=-1, stable=True)[..., :n]
-
+    given = q
     with torch.autocast(q.device.type, enabled=False):
+        q, k, v = _as_computed(q, k, v)
+        if block_map is None:
+            with torch.no_grad():
+                ranking = _ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k)
+                block_map = _block_map(ranking, topk, skip) if linear == "marginal" else None
+        else:
+            ranking = (block_map != 1).to(torch.int8).argsort(dim=-1, stable=True)
+        indices = ranking[..., : max(1, int(topk * ranking.shape[-1]))]
+
         q_inner = _inner(q, keep_q)
         o = _SparseAttention.apply(q_inner, k, v, indices, key_mask, blkq, blkk, keep_k, scale)
         if proj_s_weight is not None:
@@ -56,17 +88,18 @@ def sla_attention_eager(
             k_inner, v_inner = _inner(k, keep_k), _inner(v, keep_k)
             mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
             o = _add_linear_branch(
-                o, q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight, proj_l_weight, proj_l_bias,
-                mask, marginal, blkq, blkk,
+                o.float(), q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight,
+                proj_l_weight, proj_l_bias, mask, marginal, blkq, blkk,
             )  # fmt: skip
         if sum(keep_q):
             first, last = keep_q[0], q.shape[2] - keep_q[1]
             kept = torch.cat([q[:, :, :first], q[:, :, last:]], 2)
             kept = _dense(kept, k, v, key_mask, scale)
             o = torch.cat([kept[:, :, :first], o, kept[:, :, first:]], 2)
-    out = torch.empty_like(q)  # q's order of strides
+    out = torch.empty_like(given)  # q's order of strides
     if not o.requires_grad:
-        return o if o.stride() == out.stride() else out.copy_(o)
+        return o if o.dtype == out.dtype and o.stride() == out.stride() else out.copy_(o)
+    o = o.to(out.dtype)
     return o if o.stride() == out.stride() else _like(o, out)
 
 
@@ -86,117 +119,142 @@ def _blocks(x, block):
     return (F.pad(x, (0, 0, 0, -L % block)) if L % block else x).unflatten(-2, (-1, block))
 
 
-def _block_means(x, block, mask):
-    """Float32 means [B, H, num_blocks, D], and the numbers of valid keys [B, num_blocks] where there is a mask."""
-    L = x.shape[2]
-    if mask is not None:
-        x = x.masked_fill(~mask[:, None, :, None], 0)
-        count = F.pad(mask, (0, -L % block)).unflatten(1, (-1, block)).sum(2)
-        return _blocks(x, block).sum(3, dtype=torch.float32) / count.clamp(min=1)[:, None, :, None], count
-    total = _blocks(x, block).sum(3, dtype=torch.float32)
-    size = torch.full((total.shape[2],), block, device=x.device, dtype=torch.float32)
-    size[-1] = L - (total.shape[2] - 1) * block
-    return total / size[:, None], None
-
-
 def _dense(q, k, v, key_mask, scale):
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _phi(x, feature_map, weight):
+def _add_linear_branch(
+    o, q, k, v, feature_map, phi_q, phi_k, weight, bias, key_mask, block_map, blkq, blkk,
+):  # fmt: skip
+    """o + O_l W^T + b (eq. 5, 6) in float32, added in place where no gradient is wanted.
+
+    Key heads go together, as one call of many products keeps all cores busy, but one by one where every query block
+    has sums of its own.
+    """
+    (B, Hkv), L = k.shape[:2], q.shape[2]
+    q, targets = (x.view(B, Hkv, -1, *x.shape[2:]) for x in (q, o))  # [B, Hkv, group, L, D]
+    rows = None if block_map is None else (block_map == 0).unflatten(1, (Hkv, -1))
+    slices = [slice(None)] if rows is None else [slice(h, h + 1) for h in range(Hkv)]
+    weight = weight.float()
+    tracked = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (o, q, k, v, phi_q, phi_k, weight, bias)
+    )
+    # Rows of f that sum to 1 carry b through m, but then the gradient of f is not exactly 0 where nothing is summed.
+    carried = None if tracked or feature_map not in SOFTMAX_MAPS else bias
+    results = []
+    for b, heads in itertools.product(range(B), slices):
+        hidden = None if key_mask is None else ~key_mask[b, :, None]
+        keys = (k[b, heads], v[b, heads], hidden, feature_map, phi_k, weight)
+        h, z = _key_sums(*keys) if rows is None else _block_sums(*keys, blkk)
+        for g in range(q.shape[2]):
+            queries, target = (q[b, heads, g], feature_map, phi_q, carried), targets[b, heads, g]
+            if rows is None:
+                pieces = _all_blocks(*queries, h, z)
+            else:
+                pieces = _marginal_blocks(*queries, h, z, rows[b, heads, g], blkq)
+            if tracked:
+                results.append(target + torch.cat([_rows(f @ m, L) for _, f, m in pieces], 1))
+                continue
+            for at, f, m in pieces:
+                if rows is None:
+                    target[:, at].baddbmm_(f, m)
+                else:
+                    target.add_(_rows(f @ m, L))
+    if tracked:
+        slices_first = torch.stack(results).view(B, len(slices), q.shape[2], -1, *o.shape[2:])
+        o = slices_first.transpose(2, 3).reshape(o.shape)
+    if bias is carried:
+        return o
+    return o + bias.float() if tracked else o.add_(bias.float())
+
+
+def _rows(x, length):
+    """[Hkv, num_blocks, block, D] -> [Hkv, length, D]; [Hkv, L, D] stays."""
+    return x.flatten(1, -2)[:, :length]
+
+
+def _all_blocks(q, feature_map, phi_q, bias, h, z):
+    """Pieces (rows, f, m) of q [Hkv, Lq, D] whose products f m are O_l W^T, from h [Hkv, F, D] and z [Hkv, F]."""
+    m, z = _mixture(h, z, feature_map, bias)
+    for at in _steps(q):
+        yield at, _weights(q[:, at], z, feature_map, phi_q), m
+
+
+def _marginal_blocks(q, feature_map, phi_q, bias, h, z, rows, blkq):
+    """As `_all_blocks`, f and m by query blocks: of its marginal blocks, rows [Hkv, Nq, Nk]. h: [Hkv, Nk, F, D]."""
+    rows = rows.float()
+    m, z = _mixture((rows @ h.flatten(2)).unflatten(2, h.shape[2:]), rows @ z, feature_map, bias)
+    yield slice(None), _weights(_blocks(q, blkq), z, feature_map, phi_q), m
+
+
+def _key_sums(k, v, hidden, feature_map, phi_k, weight):
+    """H W^T [Hkv, F, D] and z [Hkv, F] of k, v [Hkv, Lk, D]. hidden: [Lk, 1]."""
+    h = z = None
+    for at in _steps(k):
+        f, values = _key_features(k[:, at], v[:, at], None if hidden is None else hidden[at], feature_map, phi_k)
+        h_piece, z_piece = f.mT @ values, f.sum(-2)
+        h, z = (h_piece, z_piece) if h is None else (h + h_piece, z + z_piece)
+    return h @ weight.mT, z
+
+
+def _block_sums(k, v, hidden, feature_map, phi_k, weight, blkk):
+    """`_key_sums` of each key block: [Hkv, Nk, F, D] and [Hkv, Nk, F]."""
+    f, v = (_blocks(x, blkk) for x in _key_features(k, v, hidden, feature_map, phi_k))
+    return (f.mT @ v) @ weight.mT, f.sum(-2)
+
+
+def _key_features(k, v, hidden, feature_map, phi_k):
+    f, v = _logits(k, feature_map, phi_k), v.float()
+    if feature_map in SOFTMAX_MAPS:
+        f = f.softmax(-1)
+    return (f, v) if hidden is None else (f.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
+
+
+def _mixture(h, z, feature_map, bias):
+    """phi(q) (H W^T) / (phi(q) z + eps) [+ b] as a product f m: m, and what f needs of z.
+
+    A phi that is a softmax sums to 1, so the denominator is phi(q) (z + eps), and f a softmax with z in its logits:
+    softmax(logits + log(z + eps)) times H W^T / (z + eps). That leaves nothing of a query's to divide.
+    """
+    z = z[..., None]
+    if feature_map not in SOFTMAX_MAPS:
+        return h, z
+    m = h / (z + EPS)
+    return m if bias is None else m + bias.float(), (z + EPS).log().mT
+
+
+def _weights(q, z, feature_map, phi_q):
+    """f [.., rows, F], z as `_mixture` returns it."""
+    f = _logits(q, feature_map, phi_q)
+    if feature_map not in SOFTMAX_MAPS:
+        return f / (f @ z + EPS)
+    f = f + z
+    return f.softmax(-1) if f.requires_grad else torch.softmax(f, -1, out=f)
+
+
+def _logits(x, feature_map, weight):
+    """The feature map in float32, of those that end in a softmax what it is taken of."""
+    x = x.float()
     if feature_map == "softmax":
-        return x.softmax(-1)
+        return x
     if feature_map == "elu":
         return F.elu(x) + 1
     if feature_map == "relu":
         return x.relu()
     x = x @ weight.float()
-    return torch.cat([x, -x], -1).softmax(-1)
+    return torch.cat([x, -x], -1)
 
 
-def _add_linear_branch(
-    o, q, k, v, feature_map, phi_q, phi_k, weight, bias, key_mask, block_map, blkq, blkk,
-):  # fmt: skip
-    """o + O_l W^T + b (eq. 5, 6), the branch in float32: phi(q) (H W^T) / (phi(q) z + eps), H and z over all or the
-    marginal blocks. Where no gradient is wanted it is added in place.
-
-    A CPU takes one key head at a time, whose pieces stay in its caches; other devices take all of them at once.
-    """
-    Hkv = k.shape[1]
-    q, o_heads = (x.unflatten(1, (Hkv, -1)) for x in (q, o))  # [B, Hkv, group, L, D]
-    rows = None if block_map is None else (block_map == 0).unflatten(1, (Hkv, -1))
-    mask = None if key_mask is None else key_mask[:, None].expand(*k.shape[:3])
-    heads = [(...,)] if q.device.type != "cpu" else [(b, h) for b in range(k.shape[0]) for h in range(Hkv)]
-    weight = weight.float()
-    bias = torch.zeros(weight.shape[0], device=q.device) if bias is None else bias.float()
-    tracked = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (o, q, k, v, phi_q, phi_k, weight, bias)
-    )
-    parts = []
-    for head in heads:
-        hidden = None if mask is None else ~mask[head]
-        arguments = (q[head], k[head], v[head], hidden, feature_map, phi_q, phi_k, weight, bias)
-        pieces = _all_blocks(*arguments) if rows is None else _marginal_blocks(*arguments, rows[head], blkq, blkk)
-        if tracked:
-            parts.append(torch.cat([numerator / denominator for _, numerator, denominator in pieces], -2))
-            continue
-        for at, numerator, denominator in pieces:
-            target = o_heads[head][..., at, :]
-            if target.dtype == numerator.dtype:
-                target.addcdiv_(numerator, denominator)
-            else:
-                target.copy_(numerator.div_(denominator).add_(target))
-    if not tracked:
-        return o
-    branch = (torch.stack(parts) if len(parts) > 1 else parts[0]).view(q.shape).flatten(1, 2)
-    return (o.float() + branch).to(o.dtype)
+def _steps(x):
+    """Slices of the rows of x [Hkv, L, D], whose float32 copies stay in cache."""
+    rows = _even(x.shape[1], STEP_BYTES // (4 * x.shape[0] * x.shape[2]))
+    return (slice(start, start + rows) for start in range(0, x.shape[1], rows))
 
 
-def _steps(length):
-    return (slice(start, min(start + STEP_ROWS, length)) for start in range(0, length, STEP_ROWS))
-
-
-def _all_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, bias):
-    """(rows, numerator, denominator) of O_l W^T + b for those rows of q [.., group, Lq, D]; one H for all blocks.
-
-    k, v: [.., Lk, D]. hidden: [.., Lk].
-    """
-    h = z = torch.zeros((), device=q.device)
-    for at in _steps(k.shape[-2]):
-        f, values = _phi(k[..., at, :].float(), feature_map, phi_k), v[..., at, :].float()
-        if hidden is not None:
-            f, values = (x.masked_fill(hidden[..., at, None], 0) for x in (f, values))
-        h, z = h + f.mT @ values, z + f.sum(-2)
-    m, eps = _quotient(h @ weight.mT, z, bias)
-    for at in _steps(q.shape[-2]):
-        f = _phi(q[..., at, :].float(), feature_map, phi_q)
-        yield at, *_split(f @ m.unsqueeze(-3) + eps)
-
-
-def _marginal_blocks(q, k, v, hidden, feature_map, phi_q, phi_k, weight, bias, rows, blkq, blkk):
-    """As `_all_blocks`, with an H for each query block: the sum over its marginal blocks, rows [.., group, Nq, Nk]."""
-    f, v = _phi(k.float(), feature_map, phi_k), v.float()
-    if hidden is not None:
-        f, v = (x.masked_fill(hidden[..., None], 0) for x in (f, v))
-    f, v = _blocks(f, blkk), _blocks(v, blkk)
-    sums, z = ((f.mT @ v) @ weight.mT).unsqueeze(-4), f.sum(-2).unsqueeze(-3)  # [.., 1, Nk, F, D], [.., 1, Nk, F]
-    rows = rows.float()
-    m, eps = _quotient((rows @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:]), rows @ z, bias)
-    f = _blocks(_phi(q.float(), feature_map, phi_q), blkq)
-    numerator, denominator = _split((f @ m + eps).flatten(-3, -2)[..., : q.shape[-2], :])
-    yield slice(0, q.shape[-2]), numerator, denominator
-
-
-def _quotient(m, z, bias):
-    """([.., F, D + 1], [D + 1]): phi(q) times the one plus the other is (phi(q) m + bias times the denominator) beside
-    the denominator phi(q) z + eps, so that one product makes all of the branch."""
-    m = torch.cat([m + z[..., None] * bias, z[..., None]], -1)
-    return m, EPS * torch.cat([bias, torch.ones_like(bias[:1])])
-
-
-def _split(product):
-    return product[..., :-1], product[..., -1:]
+def _even(total, most):
+    """Size of each step of equal ones, up to `most` of `total` a step."""
+    return -(-total // -(-total // max(1, most)))
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -212,8 +270,9 @@ class _SparseAttention(torch.autograd.Function):
         gather = _Gather(q, k, v, indices, key_mask, blkq, blkk, keep_k)
         out = torch.empty(gather.q.shape, dtype=q.dtype, device=q.device)
         for rows in gather.steps():
-            q_rows, keys, values, visible, _ = gather(rows)
-            out[rows] = _attend(q_rows, keys, values, visible, scale)
+            q_rows, keys, values, visible = gather(rows)
+            p = _probabilities(q_rows, keys, visible, scale, gather.scores[: q_rows.shape[0]])
+            torch.bmm(p.to(q.dtype), values, out=out[rows])
         return gather.join(out)
 
     @staticmethod
@@ -229,7 +288,7 @@ class _SparseAttention(torch.autograd.Function):
         dv_kept = torch.zeros_like(dk_kept)
         E = dk_kept.shape[1]
         for rows in gather.steps():
-            q_rows, keys, values, visible, (at, head) = gather(rows)
+            q_rows, keys, values, visible = gather(rows)
             p = _probabilities(q_rows, keys, visible, scale)
             do_rows = do[rows]
             dp = (do_rows @ values.mT).float()
@@ -238,28 +297,21 @@ class _SparseAttention(torch.autograd.Function):
             dq[rows] = ds @ keys
             for gradient, gradient_kept, product in ((dk, dk_kept, ds.mT @ q_rows), (dv, dv_kept, p.mT @ do_rows)):
                 product = product.float()
-                gradient_kept.index_add_(0, head, product[:, :E])
-                gradient.index_add_(0, at.flatten(), product[:, E:].reshape(-1, *gradient.shape[1:]))
+                gradient.index_add_(0, gather.at[rows].view(-1), product[:, E:].reshape(-1, *gradient.shape[1:]))
+                gradient_kept.index_add_(0, gather.head(rows), product[:, :E])
         return (
             gather.join(dq), gather.join_keys(dk, dk_kept, k), gather.join_keys(dv, dv_kept, v),
             *([None] * 6),
         )  # fmt: skip
 
 
-def _probabilities(q, k, visible, scale):
-    """Softmax over the visible keys in float32, 0 in rows without one."""
-    scores = (q @ k.mT).float() * scale
+def _probabilities(q, k, visible, scale, out=None):
+    """Softmax over the visible keys in float32, 0 in rows without one. out: room for the scores, in q's dtype."""
+    scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale, out=out).float()
     if visible is None:
-        return scores.softmax(-1)
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
-    return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, None], 0)
-
-
-def _attend(q, k, v, visible, scale):
-    if visible is None:
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
-    p = _probabilities(q, k, visible, scale)
-    return p.to(v.dtype) @ v
+        return torch.softmax(scores, -1, out=scores)
+    scores.masked_fill_(~visible[:, None], float("-inf"))
+    return torch.softmax(scores, -1, out=scores).masked_fill_(~visible.any(-1)[:, None, None], 0)
 
 
 class _Gather:
@@ -268,22 +320,25 @@ class _Gather:
     def __init__(self, q, k, v, indices, key_mask, blkq, blkk, keep_k):
         self.shape = q.shape
         self.keep_k = keep_k
-        B, H, _, D = q.shape
-        Hkv, Lk = k.shape[1:3]
+        D = q.shape[3]
+        B, Hkv, Lk, _ = k.shape
         first, last = keep_k[0], Lk - keep_k[1]
         self.q = _blocks(q, blkq).reshape(-1, blkq, D)
         self.k = _blocks(k[:, :, first:last], blkk).reshape(-1, blkk, D)
         self.v = _blocks(v[:, :, first:last], blkk).reshape(-1, blkk, D)
+        self.num_k_blocks = num_k_blocks = -(-(last - first) // blkk)
+        starts = torch.arange(0, self.k.shape[0], num_k_blocks, device=q.device)
+        self.at = (indices.reshape(B * Hkv, -1) + starts[:, None]).view(-1, indices.shape[3])
         self.kept_k, self.kept_v = (torch.cat([x[:, :, :first], x[:, :, last:]], 2).flatten(0, 1) for x in (k, v))
-        num_q_blocks, self.n = indices.shape[2:]
-        num_k_blocks = -(-(last - first) // blkk)
-        head = torch.arange(B * Hkv, device=q.device).view(B, Hkv, 1, 1).expand(B, Hkv, H // Hkv, num_q_blocks)
-        self.head = head.reshape(-1)
-        self.at = self.head[:, None] * num_k_blocks + indices.reshape(-1, self.n)
-        per_block = 2 * (self.n * blkk + self.kept_k.shape[1]) * D * k.element_size()
-        self.size = max(4, STEP_BYTES // per_block)
-        # Fresh memory for every step would cost as much as the copy into it.
-        self.room = k.new_empty((2, min(self.size, self.q.shape[0]) * self.n, blkk, D))
+        E = self.kept_k.shape[1]
+        listed = self.at.shape[1] * blkk
+        sizes = (listed * D, listed * D, blkq * (E + listed))
+        self.size = _even(self.at.shape[0], STEP_BYTES // (sum(sizes) * k.element_size()))
+        # One piece of memory for all steps: fresh pages would cost more than what is written into them, and malloc
+        # gives a piece back to the system once more than twice the largest is free.
+        room = k.new_empty(self.size * sum(sizes)).split([self.size * n for n in sizes])
+        self.room = [x.view(-1, blkk, D) for x in room[:2]]
+        self.scores = room[2].view(-1, blkq, E + listed)
         self.valid: Optional[torch.Tensor] = None
         self.kept_valid: Optional[torch.Tensor] = None
         if key_mask is not None or (last - first) % blkk:
@@ -305,18 +360,23 @@ class _Gather:
 
     def __call__(self, rows):
         """What the next step attends to; the keys and values are overwritten by the call after it."""
-        at, head = self.at[rows], self.head[rows]
+        at = self.at[rows]
         keys, values = (
-            torch.index_select(x, 0, at.flatten(), out=room[: at.numel()]).view(at.shape[0], -1, x.shape[2])
+            torch.index_select(x, 0, at.view(-1), out=room[: at.numel()]).view(at.shape[0], -1, x.shape[2])
             for x, room in ((self.k, self.room[0]), (self.v, self.room[1]))
         )
         visible = None if self.valid is None else self.valid[at].flatten(1)
         if self.kept_k.shape[1]:
+            head = self.head(rows)
             keys = torch.cat([self.kept_k[head], keys], 1)
             values = torch.cat([self.kept_v[head], values], 1)
             if visible is not None and self.kept_valid is not None:
                 visible = torch.cat([self.kept_valid[head], visible], 1)
-        return self.q[rows], keys, values, visible, (at, head)
+        return self.q[rows], keys, values, visible
+
+    def head(self, rows):
+        """Of B * Hkv, whose keys those query blocks read."""
+        return self.at[rows, 0] // self.num_k_blocks
 
     def join(self, blocks):
         """[B * H * num_q_blocks, blkq, D] -> [B, H, Lq, D]."""
