@@ -162,22 +162,46 @@ def _linear_bwd_q_kernel(
         tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
 
-@triton.jit(do_not_specialize=["H_BLOCKS", "Lk", "k_first", "k_end", "num_tiles", "tiles_per_chunk"])
-def _linear_bwd_k_kernel(
-    x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
+@triton.jit
+def _weight_gradients(
+    pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares,
+    D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of dW = dM^T H over all features of all heads; the last programs sum the shares of db."""
+    NUM: tl.constexpr = (D + TILE - 1) // TILE
+    e = pid % NUM * TILE + tl.arange(0, TILE)
+    d = pid // NUM * TILE + tl.arange(0, TILE)
+    r = tl.arange(0, ROWS)
+    if pid < NUM * NUM:
+        dw = tl.zeros([TILE, TILE], tl.float32)
+        for start in range(0, num_rows, ROWS):
+            at = (start + r)[:, None]
+            there = at < num_rows
+            dm = tl.load(dm_ptr + at * D + e[None, :], mask=there & (e[None, :] < D), other=0.0)
+            h = tl.load(h_ptr + at * D + d[None, :], mask=there & (d[None, :] < D), other=0.0)
+            dw = tl.dot(tl.trans(dm), h, dw, input_precision=PRECISION)
+        ptrs = dw_ptr + e[:, None] * D + d[None, :]
+        tl.store(ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(e[:, None] < D) & (d[None, :] < D))
+    elif dbias_ptr is not None:
+        total = tl.zeros([ROWS, TILE], tl.float32)
+        for start in range(0, num_shares, ROWS):
+            there = (start + r[:, None] < num_shares) & (e[None, :] < D)
+            total += tl.load(shares_ptr + (start + r)[:, None] * D + e[None, :], mask=there, other=0.0)
+        tl.store(dbias_ptr + e, tl.sum(total, 0).to(dbias_ptr.dtype.element_ty), mask=e < D)
+
+
+@triton.jit
+def _key_gradients(
+    pid, x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
     stride_xb, stride_xh, stride_xl, stride_vb, stride_vh, stride_vl,
     stride_gb, stride_gh, stride_gl, stride_wb, stride_wh, stride_wl,
-    Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, tiles_per_chunk,
+    Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, num_chunks, tiles_per_chunk,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of phi's input x and of v for a chunk of tiles of keys, from dh = norm dH and dz = norm dz.
-
-    Grid: (num_chunks, B * Hkv). dh: [B, Hkv, H_BLOCKS, NUM_HALVES * D, D], dz: [.., NUM_HALVES * D] float32;
-    H_BLOCKS is 1 or num_chunks. dx: strides g, dv: strides w.
-    """
-    chunk = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    """A chunk of tiles of keys."""
+    chunk = pid % num_chunks
+    bh = (pid // num_chunks).to(tl.int64)
     b = bh // Hkv
     h = bh % Hkv
     cols = tl.arange(0, BLOCK_D)
@@ -242,35 +266,37 @@ def _linear_bwd_k_kernel(
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & (part[None, :] < D))
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_shares"])
-def _weight_gradients_kernel(
-    dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares,
-    D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["H_BLOCKS", "Lk", "k_first", "k_end", "num_tiles", "num_chunks", "tiles_per_chunk", "num_rows", "num_shares"])  # fmt: skip  # noqa: E501
+def _linear_bwd_k_kernel(
+    x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr,
+    stride_xb, stride_xh, stride_xl, stride_vb, stride_vh, stride_vl,
+    stride_gb, stride_gh, stride_gl, stride_wb, stride_wh, stride_wl,
+    Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_PROGRAMS: tl.constexpr, TILE: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW = dM^T H over all features of all heads, and db, the sum of its shares.
+    """The first WEIGHT_PROGRAMS programs compute the gradients of W and its bias (few, but long), the others those of
+    phi's input x and of v, from dh = norm dH and dz = norm dz.
 
-    Grid: (cdiv(D, TILE), cdiv(D, TILE) + 1), the last row for db. dm, h: [num_rows, D], shares: [num_shares, D].
+    Grid: (WEIGHT_PROGRAMS + num_chunks * B * Hkv,). dh: [B, Hkv, H_BLOCKS, NUM_HALVES * D, D], dz: [.., NUM_HALVES *
+    D] float32; H_BLOCKS is 1 or num_chunks. dx: strides g, dv: strides w. dm, h: [num_rows, D], of all features of all
+    heads, shares: [num_shares, D], float32.
     """
-    e = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    r = tl.arange(0, ROWS)
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        if HAS_BIAS:
-            total = tl.zeros([ROWS, TILE], tl.float32)
-            for start in range(0, num_shares, ROWS):
-                there = (start + r[:, None] < num_shares) & (e[None, :] < D)
-                total += tl.load(shares_ptr + (start + r)[:, None] * D + e[None, :], mask=there, other=0.0)
-            tl.store(dbias_ptr + e, tl.sum(total, 0).to(dbias_ptr.dtype.element_ty), mask=e < D)
+    pid = tl.program_id(0)
+    if pid < WEIGHT_PROGRAMS:
+        if WEIGHT_PROGRAMS > 0:
+            _weight_gradients(
+                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, 64, WEIGHT_PRECISION
+            )
     else:
-        dw = tl.zeros([TILE, TILE], tl.float32)
-        for start in range(0, num_rows, ROWS):
-            at = (start + r)[:, None]
-            there = at < num_rows
-            dm = tl.load(dm_ptr + at * D + e[None, :], mask=there & (e[None, :] < D), other=0.0)
-            h = tl.load(h_ptr + at * D + d[None, :], mask=there & (d[None, :] < D), other=0.0)
-            dw = tl.dot(tl.trans(dm), h, dw, input_precision=PRECISION)
-        ptrs = dw_ptr + e[:, None] * D + d[None, :]
-        tl.store(ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(e[:, None] < D) & (d[None, :] < D))
+        _key_gradients(
+            pid - WEIGHT_PROGRAMS, x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
+            stride_xb, stride_xh, stride_xl, stride_vb, stride_vh, stride_vl,
+            stride_gb, stride_gh, stride_gl, stride_wb, stride_wh, stride_wl,
+            Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, num_chunks, tiles_per_chunk,
+            D, BLOCK_D, BLOCK_N, BLOCK_R, PHI, NUM_HALVES, HAS_MASK, PRECISION,
+        )  # fmt: skip
 
 
 def norm_of(q, k):
@@ -333,16 +359,6 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     return dm, dz, dbias
 
 
-def weight_gradients(run, dm, h, shares, dweight, dbias):
-    """Launch the gradients of W and, unless None, of b: fills them from dM and H [B, Hkv, F, D] and shares of b's."""
-    D = h.shape[-1]
-    run.launch(
-        _weight_gradients_kernel, (cdiv(D, 32), cdiv(D, 32) + 1),
-        dm, h, shares, dweight, dbias, math.prod(h.shape[:-1]), shares.shape[0],
-        D=D, TILE=32, ROWS=64, HAS_BIAS=dbias is not None, PRECISION=PRECISION, num_warps=4, num_stages=3,
-    )  # fmt: skip
-
-
 def scatter_marginal(dm, dz, block_map, weight, sums, norm):
     """From dM, dz of query blocks to norm dH in their dtype, norm dz per key block, and dW. sums: per key block."""
     B, Hkv, num_k_blocks, F, D = sums.shape
@@ -353,8 +369,12 @@ def scatter_marginal(dm, dz, block_map, weight, sums, norm):
     return dm @ weight.to(dm.dtype) * norm, dz * norm, dweight
 
 
-def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map):
-    """Launch the backward of the sums over keys. Fills dx and dv in the key blocks."""
+def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map, weights=None):
+    """Launch the backward of the sums over keys. Fills dx and dv in the key blocks.
+
+    weights: dM and H [B, Hkv, F, D], shares of b's gradient, and where the gradients of W and b (or None) go; None
+    leaves those to others.
+    """
     B, Hkv, Lk, D = x.shape
     config = linear_k_config(x, HALVES[feature_map])
     per_block = dh.shape[2] > 1
@@ -362,12 +382,16 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map)
     num_tiles = cdiv(Lk - sum(keep_k), block_n)
     tiles_per_chunk = blkk // block_n if per_block else chunk_size(num_tiles, config.programs, B * Hkv)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
+    side, first, num_rows, num_shares = cdiv(D, 32), 0, 0, 0
+    if weights is not None:
+        first = side * (side if weights[4] is None else side + 1)
+        num_rows, num_shares = math.prod(weights[1].shape[:-1]), weights[2].shape[0]
     run.launch(
-        _linear_bwd_k_kernel, (num_chunks, B * Hkv),
-        x, v, key_mask, dh, dz, dx, dv,
+        _linear_bwd_k_kernel, (first + num_chunks * B * Hkv,),
+        x, v, key_mask, dh, dz, dx, dv, *(weights or [None] * 5),
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
-        Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, tiles_per_chunk,
+        Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
         D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
         NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
-        **config.options,
+        WEIGHT_PROGRAMS=first, TILE=32, WEIGHT_PRECISION=rounded_precision(x.dtype), **config.options,
     )  # fmt: skip

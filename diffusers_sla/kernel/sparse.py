@@ -24,7 +24,6 @@ from .linear import (
     norm_of,
     project_sums,
     scatter_marginal,
-    weight_gradients,
 )  # fmt: skip
 from .plan import Now, Parts, Plan, layout, like, planned
 from .selection import indices_of, invert, prepare, select
@@ -205,7 +204,7 @@ def _backward_steps(
         fq = q @ phi_q_weight.to(q.dtype) if hedgehog else q
         fk = k @ phi_k_weight.to(k.dtype) if hedgehog else k
         dfq, dfk = (torch.zeros_like(fq), torch.zeros_like(fk)) if hedgehog else (dq, dk)
-        marginal = linear == "marginal"
+        marginal, weights = linear == "marginal", None
         if marginal:
             _, _, _, sums, z = prepare(
                 run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, False, norm
@@ -222,10 +221,9 @@ def _backward_steps(
         else:
             total, dh, dz_total = run.empty(h.shape), run.empty(m.shape, m.dtype), run.empty(z.shape)
             project_sums(run, dm, dz, k.shape[1], proj_l_weight, total, dh, dz_total, False, norm)
-            weight_gradients(run, total, h, shares, dweight, dbias)
-            dz = dz_total
+            weights, dz = (total, h, shares, dweight, dbias), dz_total
         del dm
-        linear_bwd_k(run, fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map)
+        linear_bwd_k(run, fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map, weights)
         if hedgehog:
             image = slice(keep_q[0], q.shape[2] - keep_q[1])
             dphi_q.copy_((q[:, :, image].mT @ dfq[:, :, image]).float().sum((0, 1)))
