@@ -67,6 +67,8 @@ class SLALayer(nn.Module):
     feature_map="hedgehog" or None, one tensor if they are tied.
     """
 
+    place: Tensor
+
     def __init__(self, head_dim: int, config: SLAConfig, device: torch.device | None = None):
         super().__init__()
         self.head_dim = head_dim

@@ -22,6 +22,11 @@ def block_d(D):
     return max(16, 1 << (D - 1).bit_length())
 
 
+def chunk_size(count, programs, heads):
+    """How many of a head's `count` blocks one program takes, so that all heads make about `programs` programs."""
+    return cdiv(count, max(1, min(count, programs // heads)))
+
+
 # How float32 matrices are multiplied: three tensor-core products that keep float32's accuracy where there are such.
 PRECISION = "ieee" if torch.version.hip else "tf32x3"
 

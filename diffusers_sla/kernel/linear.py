@@ -14,24 +14,24 @@ import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
 from .forward import dot_over_d
-from .launch import PRECISION, block_d, cdiv, linear_k_config, linear_q_config, rounded_precision
-from .selection import chunk_size
+from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, rounded_precision
 
 EPS = 1e-5
 
 
-@triton.jit(do_not_specialize=["num_chunks", "factor"])
-def _project_sums_kernel(
-    sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
-    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
-    TILE: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def project(
+    pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
+    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or factor * total @ W; z likewise.
-
-    Grid: (cdiv(F, BLOCK_F), heads). sums: [heads, num_chunks, F, D], z: [heads, num_chunks, F], w: [D, D].
-    """
-    head = tl.program_id(1).to(tl.int64)
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    """BLOCK_F features of a head: total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or
+    factor * total @ W; z likewise."""
+    BLOCK_F: tl.constexpr = 16
+    BLOCK_E: tl.constexpr = 32
+    TILE: tl.constexpr = 8
+    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    head = (pid // TILES).to(tl.int64)
+    f = pid % TILES * BLOCK_F + tl.arange(0, BLOCK_F)
     d = tl.arange(0, BLOCK_D)
     inside = (f[:, None] < F) & (d[None, :] < D)
     total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
@@ -54,6 +54,18 @@ def _project_sums_kernel(
         product = tl.dot(total, w, input_precision=PRECISION) * factor
         ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
         tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
+
+
+@triton.jit(do_not_specialize=["num_chunks", "factor"])
+def _project_sums_kernel(
+    sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
+    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (heads * cdiv(F, 16),). sums: [heads, num_chunks, F, D], z: [heads, num_chunks, F], w: [D, D]."""
+    project(
+        tl.program_id(0), sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
+        F, D, BLOCK_D, TRANSPOSE, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M_BLOCKS", "q_first", "q_end", "num_tiles", "tiles_per_chunk", "eps"])
@@ -309,15 +321,21 @@ def marginal_rows(block_map, num_kv_heads, dtype):
     return (block_map == 0).to(dtype).view(B, num_kv_heads, H // num_kv_heads * num_q_blocks, num_k_blocks)
 
 
-def project_sums(run, sums, z, heads, weight, total, product, z_total, transpose, factor):
+def projection(sums, heads):
+    """Features, chunks of a head and programs of the product of the sums [B, .., F, D] of B * heads heads."""
+    B, F = sums.shape[0], sums.shape[3]
+    return F, sums.shape[1] * sums.shape[2] // heads, B * heads * cdiv(F, 16)
+
+
+def project_sums(run, sums, z, weight, total, product, z_total, heads, transpose, factor):
     """Launch the sum over the chunks of B * heads heads: fills total [.., F, D] and z_total [.., F], float32, and the
     product with the weight [.., F, D]."""
-    B, _, _, F, D = sums.shape
+    D = sums.shape[-1]
+    F, num_chunks, programs = projection(sums, heads)
     run.launch(
-        _project_sums_kernel, (cdiv(F, 16), B * heads),
-        sums, z, weight, total, product, z_total, sums.shape[1] * sums.shape[2] // heads, factor,
-        F=F, D=D, BLOCK_D=block_d(D), BLOCK_F=16, BLOCK_E=32, TILE=8, TRANSPOSE=transpose,
-        PRECISION=rounded_precision(product.dtype), num_warps=4, num_stages=2,
+        _project_sums_kernel, (programs,), sums, z, weight, total, product, z_total, num_chunks, factor,
+        F=F, D=D, BLOCK_D=block_d(D), TRANSPOSE=transpose, PRECISION=rounded_precision(product.dtype),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import PRECISION, block_d, cdiv, prepare_config, rounded_precision, select_config
+from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config, rounded_precision, select_config
+from .linear import project, projection
 
 
 @triton.jit
@@ -126,29 +127,23 @@ def _prepare_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale"])  # fmt: skip  # noqa: E501
-def _select_kernel(
-    q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
+@triton.jit
+def _select(
+    pid, num_pids, q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
     H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes groups of ROWS query blocks in turn: scores, the topk-th largest by bisection, the list.
-
-    Grid: (any,). scratch: [grid, ROWS, num_keys] uint32, one program's scores in an order-preserving encoding, then
-    zeros; made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are all.
-    indices: [B, H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3).
-    Ties go to the lower index.
-    """
+    """Groups of ROWS query blocks in turn: scores, the topk-th largest by bisection, the list."""
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, TILE)
     # [ROWS, tiles, W]: so that a warp has whole rows, and counting needs no barrier.
     W: tl.constexpr = BLOCK_N if BLOCK_N < 128 else 128
     n = tl.arange(0, BLOCK_N // W)[None, :, None] * W + tl.arange(0, W)[None, None, :]
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (ROWS * num_keys)
+    scratch_ptr += pid.to(tl.int64) * (ROWS * num_keys)
     scratch = scratch_ptr + r[:, None, None] * num_keys
-    for group in range(tl.program_id(0), num_groups, tl.num_programs(0)):
+    for group in range(pid, num_groups, num_pids):
         bh = (group // groups_per_head).to(tl.int64)
         rows = (group % groups_per_head) * ROWS + r
         row_valid = rows < num_q_blocks
@@ -207,6 +202,40 @@ def _select_kernel(
                 kept = (keys > low_cut[:, None, None]) | (low_equal & (low_rank <= low_ties[:, None, None]))
                 value = tl.where(kept, value, -1)
             tl.store(map_ptr + at * num_k_blocks + j, value.to(tl.int8), mask=inside & row_valid[:, None, None])
+
+
+@triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale", "num_projecting", "num_chunks"])  # fmt: skip  # noqa: E501
+def _select_kernel(
+    q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
+    sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr,
+    H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
+    num_projecting, num_chunks,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PROJECT: tl.constexpr, F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The choice; the first num_projecting programs do what else is due between `prepare` and the forward, as
+    `_project_sums_kernel` does it.
+
+    Grid: (num_projecting + any,). scratch: [any, ROWS, num_keys] uint32, one program's scores in an order-preserving
+    encoding, then zeros; made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are
+    all. indices: [B, H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3).
+    Ties go to the lower index.
+    """
+    pid = tl.program_id(0)
+    if PROJECT:
+        if pid < num_projecting:
+            project(
+                pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, 1.0,
+                F, D, BLOCK_D, True, PRECISION,
+            )  # fmt: skip
+    if pid >= num_projecting:
+        _select(
+            pid - num_projecting, tl.num_programs(0) - num_projecting,
+            q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
+            H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
+            D, BLOCK_D, ROWS, TILE, BLOCK_N, ONE, HAS_MASK, HAS_SKIP, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -322,15 +351,10 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
     return q_mean, k_mean, k_bias, sums, z
 
 
-def chunk_size(count, programs, heads):
-    """How many of a head's `count` blocks one program takes, so that all heads make about `programs` programs."""
-    return cdiv(count, max(1, min(count, programs // heads)))
-
-
-def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map):
+def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, sums=None):
     """Launch the choice: fills indices [B, H, num_q_blocks, n] int32 and the int8 block map.
 
-    dtype: of the tensors that the means were taken of.
+    dtype: of the tensors that the means were taken of. sums: tensors of `project_sums`, to do its work besides.
     """
     B, H, num_q_blocks, D = q_mean.shape
     Hkv, num_k_blocks = k_mean.shape[1:3]
@@ -342,14 +366,15 @@ def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map):
     # A power of two, so that few lengths need a kernel of their own.
     BLOCK_N = max(16, min(config.block_n, 1 << (num_k_blocks - 1).bit_length()))
     num_keys = cdiv(num_k_blocks, BLOCK_N) * BLOCK_N
+    F, num_chunks, projecting = (D, 0, 0) if sums is None else projection(sums[0], Hkv)
     run.launch(
-        _select_kernel, (programs,),
+        _select_kernel, (projecting + programs,),
         q_mean, k_mean, k_bias, run.empty((programs, config.rows, num_keys), torch.uint32), indices, block_map,
-        H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys,
-        indices.shape[3], num_k_blocks - num_skipped, scale,
+        *(sums or [None] * 6), H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys,
+        indices.shape[3], num_k_blocks - num_skipped, scale, projecting, num_chunks,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
-        PRECISION=rounded_precision(dtype), **config.options,
+        PROJECT=sums is not None, F=F, PRECISION=rounded_precision(dtype), **config.options,
     )  # fmt: skip
 
 

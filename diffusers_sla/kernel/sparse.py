@@ -116,12 +116,13 @@ def _forward_steps(
     q_mean, k_mean, k_bias, sums, sums_z = prepare(
         run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
     )
-    if linear == "all":
-        project_sums(run, sums, sums_z, k.shape[1], proj_l_weight, h, m, z, True, 1.0)
+    projected = (sums, sums_z, proj_l_weight, h, m, z) if linear == "all" else None
     if block_map is None:
-        select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, chosen)
+        select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, chosen, projected)
     else:
         indices.copy_(indices_of(block_map, topk))
+        if projected:
+            project_sums(run, *projected, k.shape[1], True, 1.0)
     if linear == "marginal":
         m, z = gather_marginal(sums, sums_z, chosen if block_map is None else block_map, proj_l_weight)
     sparse_fwd(
@@ -220,7 +221,7 @@ def _backward_steps(
             del sums
         else:
             total, dh, dz_total = run.empty(h.shape), run.empty(m.shape, m.dtype), run.empty(z.shape)
-            project_sums(run, dm, dz, k.shape[1], proj_l_weight, total, dh, dz_total, False, norm)
+            project_sums(run, dm, dz, proj_l_weight, total, dh, dz_total, k.shape[1], False, norm)
             weights, dz = (total, h, shares, dweight, dbias), dz_total
         del dm
         linear_bwd_k(run, fk, v, key_mask, dh, dz, dfk, dv, blkk, keep_k, feature_map, weights)
