@@ -231,9 +231,12 @@ def main():
     if left:
         bench = Bench(options)
         where = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or "cpu"
-        slowest = max([line["seconds"] for line in done if line["device"] == where], default=0.0)
-    while left and time.monotonic() - started + 1.2 * slowest < options.minutes * 60:
+    while left:
         row, stage, seed = left.pop(0)
+        alike = [line["seconds"] for line in done if (line["device"], line["stage"]) == (where, stage)]
+        if time.monotonic() - started + 1.2 * max(alike, default=0.0) > options.minutes * 60:
+            left.insert(0, (row, stage, seed))
+            break
         line = {"row": row.name, "stage": stage, "seed": seed} | bench.cell(row, stage, seed)
         line |= {
             "settings": settings, "device": where, "torch": torch.__version__, "diffusers": diffusers.__version__,
@@ -242,7 +245,7 @@ def main():
             save_sla_weights(bench.pipe, options.out / "states" / f"{row.name}, {stage}")
         with file.open("a") as out:
             out.write(json.dumps(line) + "\n")
-        slowest = max(slowest, line["seconds"])
+        done.append(line)
         shown = {key: round(line[key], 4) for key in ("loss", "attention_error", "psnr", "ssim", "seconds")}
         print(f"{row.name}, {stage}, seed {seed}: {shown}", flush=True)
     print(f"{len(left)} cells are left" if left else "nothing is left")

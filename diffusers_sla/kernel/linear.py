@@ -286,7 +286,7 @@ def _linear_bwd_k_kernel(
     Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_PROGRAMS: tl.constexpr, TILE: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
+    WEIGHT_PROGRAMS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The first WEIGHT_PROGRAMS programs compute the gradients of W and its bias (few, but long), the others those of
     phi's input x and of v, from dh = norm dH and dz = norm dz.
@@ -299,7 +299,7 @@ def _linear_bwd_k_kernel(
     if pid < WEIGHT_PROGRAMS:
         if WEIGHT_PROGRAMS > 0:
             _weight_gradients(
-                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, 64, WEIGHT_PRECISION
+                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, 64, PRECISION
             )
     else:
         _key_gradients(
@@ -411,5 +411,5 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
         D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
         NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
-        WEIGHT_PROGRAMS=first, TILE=32, WEIGHT_PRECISION=rounded_precision(x.dtype), **config.options,
+        WEIGHT_PROGRAMS=first, TILE=32, **config.options,
     )  # fmt: skip
