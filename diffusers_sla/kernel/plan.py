@@ -93,6 +93,9 @@ class Plan:
         self.given = [None if x is None else Buffer(x[1], x[0], device, x[2], at) for at, x in enumerate(layouts)]
         self.shared = Parts(device, len(layouts))
         self.scratch: list = []
+        self.spare = (
+            None  # a given tensor with room for scratch until a launch takes it: one that only the last writes
+        )
         self.launches: list = []
         self.ready = None
 
@@ -106,19 +109,33 @@ class Plan:
     def done(self):
         """Place what is scratch: what no launch needs at the same time may share bytes."""
         self.bytes = 0
-        placed: list = []
+        taken = [] if self.spare is None else self._uses(self.spare)
+        placed: dict = {True: [], False: []}
         for buffer in self.scratch:
-            used = [i for i, launch in enumerate(self.launches) if any(x is buffer for x in launch[2])]
-            buffer.at, first, last = len(self.given) + 1, used[0], used[-1]
-            for other_first, other_last, other in sorted(placed, key=lambda entry: entry[2].offset):
-                if other_first > last or other_last < first:
-                    continue
-                if buffer.offset + buffer.size <= other.offset:
-                    break
-                buffer.offset = max(buffer.offset, other.offset + _aligned(other.size))
-            placed.append((first, last, buffer))
-            self.bytes = max(self.bytes, buffer.offset + buffer.size)
+            used = self._uses(buffer)
+            in_spare = (
+                bool(taken) and used[-1] < taken[0] and self._place(buffer, used, placed[True]) <= self.spare.size
+            )
+            if not in_spare:
+                self.bytes = max(self.bytes, self._place(buffer, used, placed[False]))
+            buffer.at = self.spare.at if in_spare else len(self.given) + 1
+            placed[in_spare].append((used[0], used[-1], buffer))
         return self
+
+    def _uses(self, buffer):
+        return [i for i, launch in enumerate(self.launches) if any(x is buffer for x in launch[2])]
+
+    @staticmethod
+    def _place(buffer, used, placed):
+        """The first offset that is free from the first to the last launch that uses the buffer; returns its end."""
+        buffer.offset = 0
+        for first, last, other in sorted(placed, key=lambda entry: entry[2].offset):
+            if first > used[-1] or last < used[0]:
+                continue
+            if buffer.offset + buffer.size <= other.offset:
+                break
+            buffer.offset = max(buffer.offset, other.offset + _aligned(other.size))
+        return buffer.offset + buffer.size
 
     def run(self, *tensors):
         scratch = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
@@ -157,7 +174,12 @@ class Plan:
     def _tensor(self, x, tensors):
         if not isinstance(x, Buffer):
             return x
-        return tensors[x.at] if x.at < len(self.given) else x.of(tensors[x.at])
+        tensor = tensors[x.at]
+        if x.at >= len(self.given):
+            return x.of(tensor)
+        if x is self.given[x.at]:
+            return tensor
+        return x.of(tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
 
 
 def planned(make):

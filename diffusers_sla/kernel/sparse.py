@@ -139,6 +139,7 @@ def _forward_plan(device, q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, ke
     kept = _kept(plan.shared, o, k, topk, blkq, blkk, feature_map, linear, keep, save, True)
     weights = (proj_l_weight, proj_l_bias, proj_s_weight, None, None)
     _forward_steps(plan, q, k, v, *weights, key_mask, None, o, kept, *settings)
+    plan.spare = o
     return plan
 
 

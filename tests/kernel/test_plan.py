@@ -30,6 +30,18 @@ def test_scratch_is_shared_by_what_is_not_needed_at_once():
     assert all(x.offset % ALIGN == 0 for x in (a, b, c, d))
 
 
+def test_scratch_lies_in_what_is_written_last_where_it_fits():
+    plan = Plan(torch.device("cpu"), [(torch.float32, (300,), (1,), 0)])
+    plan.spare = plan.given[0]
+    a, b, c, d = (plan.empty((n,), torch.uint8) for n in (1000, 200, 600, 100))
+    for used in ((a,), (a, b), (c,), (c, d), (plan.spare, d)):
+        plan.launch(None, (1,), *used)
+    plan.done()
+    assert [x.at for x in (a, b, c, d)] == [0, 2, 0, 2]  # b finds no room beside a, d is needed until the end
+    assert [x.offset for x in (a, b, c, d)] == [0, 0, 0, 0]
+    assert plan.bytes == 200
+
+
 def test_layouts_tell_apart_what_kernels_are_compiled_for():
     x = torch.empty(5, 4, dtype=torch.float16)
     assert layout(x) == layout(torch.empty(5, 4, dtype=torch.float16))
