@@ -12,8 +12,8 @@ from .errors import SLAConfigError
 BLOCK_SIZES = (16, 32, 64, 128)
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
-# Tokens. At 4608 SLA was measured to be faster (benchmarks/h200.json); shorter lengths are not
-# measured yet (benchmarks/gpu_together.py does it).
+# Tokens. On an H100 SLA was faster from 3072 on, and from 4096 on also where the host was slow
+# (benchmarks/gpu_together.json).
 MIN_LENGTH = {"cuda": 4096}
 
 

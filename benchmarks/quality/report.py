@@ -62,22 +62,22 @@ def _cell(value, digits):
 
 
 def plot(table, lines, path):
-    """Left: held-out loss of each row and stage, full attention as a line. Right: how the loss fell in training."""
+    """Left: by how much each row's held-out loss is above that of full attention. Right: how the loss fell."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.5 * len(table) + 2.5), layout="constrained")
     colours = {"before": "#bbbbbb", "calibrated": "#e0a030", "tuned": "#4477aa", "both": "#228833"}
     names = list(table)
+    dense = table["full attention"]["tuned"]["loss"][0]
+    rows = [name for name in names if name != "full attention"]
     for stage, colour in colours.items():
-        points = [(table[name][stage]["loss"], y) for y, name in enumerate(names) if stage in table[name]]
+        points = [(table[name][stage]["loss"], y) for y, name in enumerate(rows) if stage in table[name]]
         left.errorbar(
-            [value[0] for value, _ in points], [y for _, y in points], xerr=[value[1] or 0 for value, _ in points],
-            fmt="o", color=colour, label=stage,
+            [value[0] - dense for value, _ in points], [y for _, y in points],
+            xerr=[value[1] or 0 for value, _ in points], fmt="o", color=colour, label=stage,
         )  # fmt: skip
-    dense = table.get("full attention", {}).get("tuned")
-    if dense:
-        left.axvline(dense["loss"][0], color="black", linewidth=0.8)
-    left.set_yticks(range(len(names)), names)
+    left.set_xscale("log")
+    left.set_yticks(range(len(rows)), rows)
     left.invert_yaxis()
-    left.set_xlabel("held-out loss (line: full attention, tuned)")
+    left.set_xlabel("held-out loss above full attention's, tuned")
     left.legend()
     for name in names:
         for stage, style in (("tuned", "-"), ("both", "--")):

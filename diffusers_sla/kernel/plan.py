@@ -9,6 +9,7 @@ arguments, which takes longer on the host than the kernels do at image sizes.
 import functools
 import math
 from operator import itemgetter
+from typing import Any
 
 import torch
 
@@ -93,9 +94,8 @@ class Plan:
         self.given = [None if x is None else Buffer(x[1], x[0], device, x[2], at) for at, x in enumerate(layouts)]
         self.shared = Parts(device, len(layouts))
         self.scratch: list = []
-        self.spare = (
-            None  # a given tensor with room for scratch until a launch takes it: one that only the last writes
-        )
+        # A given tensor with room for scratch until a launch takes it: one that only the last writes.
+        self.spare: Any = None
         self.launches: list = []
         self.ready = None
 
@@ -113,9 +113,8 @@ class Plan:
         placed: dict = {True: [], False: []}
         for buffer in self.scratch:
             used = self._uses(buffer)
-            in_spare = (
-                bool(taken) and used[-1] < taken[0] and self._place(buffer, used, placed[True]) <= self.spare.size
-            )
+            free = bool(taken) and used[-1] < taken[0]
+            in_spare = free and self._place(buffer, used, placed[True]) <= self.spare.size
             if not in_spare:
                 self.bytes = max(self.bytes, self._place(buffer, used, placed[False]))
             buffer.at = self.spare.at if in_spare else len(self.given) + 1
