@@ -401,3 +401,42 @@ def test_ema_cannot_be_saved_with_the_projections_in_it(tmp_path):
     average = EMAModel(model.parameters(), model_cls=type(model), model_config=model.config)
     with pytest.raises(RuntimeError, match="size of tensor"):
         average.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["SLA", "quantised"])
+@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+@torch.no_grad()
+def test_quantised_linears_do_not_touch_the_projections(library, name, first):
+    pytest.importorskip(library)
+    model, inputs = make(name)
+    if first == "quantised":
+        quantise(model, library)
+    apply_sla(model, SPARSE)
+    for parameter in sla_parameters(model):
+        parameter.fill_(0.01)
+    expected = output(model, inputs)
+    if first == "SLA":
+        quantise(model, library)
+    actual = output(model, inputs)
+    assert {p.dtype for p in sla_parameters(model)} == {torch.float32}
+    assert all((p == 0.01).all() for p in sla_parameters(model))
+    assert (actual - expected).norm() <= (0.03 if first == "SLA" else 0) * expected.norm()
+    assert {layer.calls_sla for layer in sla_layers(model).values()} == {2}
+
+
+def quantise(model, library):
+    """All linear layers to int8."""
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+        return
+    from bitsandbytes.nn import Linear8bitLt
+
+    for path, old in list(model.named_modules()):
+        if type(old) is torch.nn.Linear:
+            new = Linear8bitLt(old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False)
+            new.load_state_dict(old.state_dict())
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)

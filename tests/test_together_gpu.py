@@ -215,27 +215,3 @@ def test_autocast(dtype):
     expected = output(model, inputs)
     with torch.autocast("cuda", dtype):
         assert_near(output(model, inputs).float(), expected, 0.05)
-
-
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-@torch.no_grad()
-def test_quantised_linears_do_not_touch_the_projections(library):
-    pytest.importorskip(library)
-    model, inputs = prepare("wan", SPARSE, dtype=torch.bfloat16, projection=0.1)
-    expected = output(model, inputs).float()
-    if library == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(model.blocks, Int8WeightOnlyConfig())
-    else:
-        import bitsandbytes
-
-        for block in model.blocks:
-            for attn in (block.attn1, block.attn2):
-                for name in ("to_q", "to_k", "to_v"):
-                    old = getattr(attn, name)
-                    new = bitsandbytes.nn.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False)
-                    new.load_state_dict(old.state_dict())
-                    setattr(attn, name, new.to("cuda"))
-    assert {p.dtype for p in sla_parameters(model)} == {torch.float32}
-    assert_near(output(model, inputs).float(), expected, 0.1)
