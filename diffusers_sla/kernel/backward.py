@@ -280,8 +280,8 @@ def _sparse_bwd_dkdv_kernel(
                     q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
                 )
         else:
-            for start in range(first, last, PER_STEP):
-                position = start + m // BLKQ
+            for step in range(0, tl.cdiv(last - first, PER_STEP)):
+                position = first + step * PER_STEP + m // BLKQ
                 chosen = tl.load(list_base + position, mask=position < last, other=0)
                 rows = q_first + chosen * BLKQ + m % BLKQ
                 row_valid = (position < last) & (rows < q_end)
