@@ -9,6 +9,7 @@ import functools
 import json
 import os
 from dataclasses import asdict, dataclass
+from typing import Optional
 
 import torch
 
@@ -57,7 +58,7 @@ class Launch:
     block_c: int = 64
     rows: int = 64
     programs: int = 264
-    registers: int | None = None
+    registers: Optional[int] = None
 
     @property
     def options(self):

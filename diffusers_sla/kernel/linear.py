@@ -315,12 +315,6 @@ def norm_of(q, k):
     return q.shape[-1] / k.shape[2]
 
 
-def marginal_rows(block_map, num_kv_heads, dtype):
-    """0/1 matrix [B, Hkv, H // Hkv * num_q_blocks, num_k_blocks] of the marginal blocks."""
-    B, H, num_q_blocks, num_k_blocks = block_map.shape
-    return (block_map == 0).to(dtype).view(B, num_kv_heads, H // num_kv_heads * num_q_blocks, num_k_blocks)
-
-
 def projection(sums, heads):
     """Features, chunks of a head and programs of the product of the sums [B, .., F, D] of B * heads heads."""
     B, F = sums.shape[0], sums.shape[3]
@@ -337,17 +331,6 @@ def project_sums(run, sums, z, weight, total, product, z_total, heads, transpose
         F=F, D=D, BLOCK_D=block_d(D), TRANSPOSE=transpose, PRECISION=rounded_precision(product.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
-
-
-def gather_marginal(sums, z, block_map, weight):
-    """What the forward kernel needs of the sums of `prepare` when only marginal blocks are summed: m [B, H,
-    num_q_blocks, F, D] in their dtype and z [.., F] float32."""
-    B, Hkv, _, F, D = sums.shape
-    H, num_q_blocks, num_k_blocks = block_map.shape[1:]
-    rows = marginal_rows(block_map, Hkv, sums.dtype)
-    projected = sums @ weight.to(sums.dtype).t()
-    m = (rows @ projected.view(B, Hkv, num_k_blocks, F * D)).view(B, H, num_q_blocks, F, D)
-    return m, (rows.float() @ z).view(B, H, num_q_blocks, F)
 
 
 def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
@@ -375,16 +358,6 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
         PRECISION=PRECISION, **config.options,
     )  # fmt: skip
     return dm, dz, dbias
-
-
-def scatter_marginal(dm, dz, block_map, weight, sums, norm):
-    """From dM, dz of query blocks to norm dH in their dtype, norm dz per key block, and dW. sums: per key block."""
-    B, Hkv, num_k_blocks, F, D = sums.shape
-    columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
-    dm = (columns @ dm.view(B, Hkv, -1, F * D)).view(B, Hkv, num_k_blocks, F, D)
-    dz = columns.float() @ dz.view(B, Hkv, -1, F)
-    dweight = (dm.flatten(2, 3).mT @ sums.flatten(2, 3)).float().sum((0, 1))
-    return dm @ weight.to(dm.dtype) * norm, dz * norm, dweight
 
 
 def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map, weights=None):

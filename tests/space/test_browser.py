@@ -115,6 +115,7 @@ def test_videos_run_side_by_side_and_in_step(visit, look):
     expect(videos).to_have_count(2)
     for i in range(2):
         expect(videos.nth(i)).to_have_js_property("videoWidth", 192)
+        expect(videos.nth(i)).to_have_js_property("playsInline", True)  # so both have been started together
     expect(page.locator("#side-by-side")).to_contain_text("s/video")
     if look == "light":
         page.wait_for_function(A_LOOP_IN_STEP)
