@@ -105,14 +105,15 @@ def log2(x, EXACT: tl.constexpr):
 
 @triton.jit
 def dot_over_d(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
-    """a [M, BLOCK_D] times b [BLOCK_D, N]. EXACT, for float32: 32 columns of a at a time, as tensor cores cut their
+    """a [M, BLOCK_D] times b [BLOCK_D, N]. EXACT, for float32: in up to four parts of D, as tensor cores cut their
     sums off; the bound on imprecise sums, of no effect on float32, keeps Triton from making one sum of them again."""
     K: tl.constexpr = b.shape[0]
-    if EXACT and K > 32:
+    PART: tl.constexpr = 32 if K < 128 else K // 4
+    if EXACT and K > PART:
         d = tl.arange(0, K)[:, None]
-        product = tl.dot(a, tl.where(d < 32, b, 0.0), input_precision=PRECISION, max_num_imprecise_acc=32)
-        for first in tl.static_range(32, K, 32):
-            part = tl.where((d >= first) & (d < first + 32), b, 0.0)
+        product = tl.dot(a, tl.where(d < PART, b, 0.0), input_precision=PRECISION, max_num_imprecise_acc=32)
+        for first in tl.static_range(PART, K, PART):
+            part = tl.where((d >= first) & (d < first + PART), b, 0.0)
             product += tl.dot(a, part, input_precision=PRECISION, max_num_imprecise_acc=32)
         return product
     else:
