@@ -30,11 +30,17 @@ def sla_state(model_or_pipe: Any, *, meta: Mapping[str, Any] | None = None) -> S
             is one of the Hub's, are recorded anyway.
 
     Raises:
-        SLAStateError: SLA is not installed, or its layers have different settings.
+        SLAStateError: SLA is not installed, its layers have different settings, or they are offloaded one at a time.
     """
     layers = sla_layers(model_or_pipe)
     if not layers:
         raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
+    away = next((name for name, x in layers.items() if any(p.is_meta for p in x.state.parameters())), None)
+    if away is not None:
+        raise SLAStateError(
+            f"{away} is offloaded one layer at a time, its projections are not there to be read; save them before "
+            "enable_sequential_cpu_offload, or after remove_all_hooks"
+        )
     configs = {layer.config for layer in layers.values()}
     if len(configs) > 1:
         raise SLAStateError("a state file holds one set of settings, and these layers have several")

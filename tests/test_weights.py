@@ -109,6 +109,16 @@ def test_a_model_without_sla_has_nothing_to_save(tmp_path):
         save_sla_weights(make("wan")[0], tmp_path)
 
 
+def test_projections_that_are_offloaded_layer_by_layer_are_refused_by_name(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, _ = trained()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(SLAStateError, match="attn1 is offloaded one layer at a time"):
+        save_sla_weights(model, tmp_path)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    save_sla_weights(model, tmp_path)
+
+
 def test_a_bare_model_takes_the_state_of_a_pipelines_second_transformer():
     donor, _ = trained()
     state = sla_state(donor)
