@@ -210,7 +210,12 @@ def sla_step(model_or_pipe: Any, step: int, num_steps: int) -> Iterator[None]:
     Args:
         step: Number of the step, from 0.
         num_steps: How many there are.
+
+    Raises:
+        SLAConfigError: There is no such step.
     """
+    if not (isinstance(step, int) and isinstance(num_steps, int) and 0 <= step < num_steps):
+        raise SLAConfigError(f"step must be a whole number from 0 to num_steps - 1, got {step!r} of {num_steps!r}")
     notes = [model._sla_denoising for model in denoisers(model_or_pipe).values() if hasattr(model, "_sla_denoising")]
     for denoising in notes:
         denoising.step = (step, num_steps)

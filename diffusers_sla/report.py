@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .apply import component_models
+from .apply import component_models, self_attention_layers
 from .families import REFUSED, family_of, is_known, is_self_attention
 from .processor import BoundSLAAttnProcessor
 
@@ -70,6 +70,8 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
         if not is_known(model):
             continue
         family = family_of(model)
+        bound = [a.processor for a in attentions.values() if isinstance(a.processor, BoundSLAAttnProcessor)]
+        wanted = {name.partition(".")[2] for name in self_attention_layers(model, bound[0].config)} if bound else None
         for path, attn in attentions.items():
             processor = attn.processor
             if isinstance(processor, BoundSLAAttnProcessor):
@@ -77,10 +79,12 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
                 report = LayerReport("sla", "", processor.calls_sla, dict(processor.calls_dense), frozen)
             elif not is_self_attention(family, path, attn):
                 report = LayerReport("native", "not self-attention over the image")
-            elif "_sla_denoising" in model.__dict__:
-                report = LayerReport("native", "dense_layers")
-            else:
+            elif "_sla_denoising" not in model.__dict__:
                 report = LayerReport("native", "SLA is not installed")
+            elif wanted is not None and path not in wanted:
+                report = LayerReport("native", "dense_layers")
+            else:  # set_attention_slice and the like, which know no setter
+                report = LayerReport("native", f"{type(processor).__name__} was set in SLA's place: apply SLA again")
             layers[f"{component}.{path}"] = report
     return SLAReport(models, layers)
 

@@ -205,3 +205,14 @@ def test_files_without_a_schedule_mean_every_layer_step_and_length():
     load_sla_weights(again, {"format": "diffusers_sla", "version": 2, "settings": settings, "state": state.layers})
     config = next(iter(sla_layers(again).values())).config
     assert (config.dense_layers, config.dense_steps, config.min_length) == ((), (), 0)
+
+
+@pytest.mark.parametrize("step", [(4, 4), (-1, 4), (0, 0), ("a", 3)])
+def test_a_step_that_there_is_not_is_refused(step):
+    model, _ = make("wan")
+    apply_sla(model, SLAConfig(topk=0.25))
+    with (
+        pytest.raises(SLAConfigError, match="step must be a whole number from 0 to num_steps - 1"),
+        sla_step(model, *step),
+    ):
+        pass

@@ -10,6 +10,14 @@ from diffusers_sla.report_picture import block_shares, kept_share, report_pictur
 SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
 
 
+def test_a_processor_that_was_set_in_slas_place_is_named():
+    model, _ = make("unet")
+    apply_sla(model, SPARSE)
+    model.set_attention_slice("auto")
+    whys = {layer.why for layer in sla_report(model).layers.values()}
+    assert whys == {"SlicedAttnProcessor was set in SLA's place: apply SLA again", "not self-attention over the image"}
+
+
 @torch.no_grad()
 def test_the_table_counts_what_ran_and_names_why_not():
     model, inputs = make("flux")
