@@ -143,6 +143,7 @@ def _look(inside, name, processor, query, key, value, key_mask, kept, output, la
         q, k, v, topk=config.topk, blkq=config.blkq, blkk=config.blkk, skip=config.skip, linear="none",
         proj_s_weight=processor.state.proj_s_weight, block_map=block_map, **keep,
     )  # fmt: skip
+    both = processor.state(q, k, v, config, block_map=block_map, **keep)  # o rounds like its whole batch
     inside.layers[name] = LayerView(
         name,
         config,
@@ -151,7 +152,7 @@ def _look(inside, name, processor, query, key, value, key_mask, kept, output, la
         tuple(kept_keys),
         q.shape[2],
         _norm(sparse),
-        _norm(o - sparse),
+        _norm(both - sparse),
     )
 
 

@@ -51,7 +51,7 @@ def test_it_shows_the_step_asked_for_and_changes_nothing(pipe):
 def test_without_a_trained_projection_the_linear_part_is_nothing():
     pipe = apply_sla(tiny_dit(), SPARSE)
     view = look_inside(pipe, REQUEST, step=1, layers=[SECOND]).layers[SECOND]
-    assert view.linear_norm.max() < 1e-5 * view.sparse_norm.max()  # the batch that it was computed in differs
+    assert view.linear_norm.max() < 1e-5
     assert view.sparse_norm.min() > 0
 
 
