@@ -156,24 +156,6 @@ def _sparse_bwd_dq_kernel(
 
 
 @triton.jit
-def _load_queries(
-    q_base, do_base, lse_base, maxima, delta_base, rows, row_valid, stride_ql, stride_dl, cols, D: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Tiles of any rows. What is not valid has lse = inf, hence p = 0."""
-    load = row_valid[:, None] & (cols[None, :] < D)
-    at = rows.to(tl.int64)[:, None]
-    q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
-    do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
-    lse = tl.load(lse_base + rows, mask=row_valid, other=float("inf"))
-    top = lse
-    if EXACT:
-        top = tl.load(maxima + rows, mask=row_valid, other=0.0)
-    delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
-    return q, do, lse, top, delta
-
-
-@triton.jit
 def _dkdv_step(
     q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2,
     MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -190,6 +172,25 @@ def _dkdv_step(
     ds = p * (dp - delta[None, :])
     dk = add_dot(ds.to(q.dtype), q, dk, EXACT, PRECISION)
     return dk, dv
+
+
+@triton.jit
+def _any_queries_step(
+    q_base, do_base, lse_base, maxima, delta_base, rows, row_valid, stride_ql, stride_dl, cols,
+    k, v, visible, dk, dv, scale_log2,
+    D: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step over any rows. What is not valid has lse = inf, hence p = 0."""
+    load = row_valid[:, None] & (cols[None, :] < D)
+    at = rows.to(tl.int64)[:, None]
+    q = tl.load(q_base + at * stride_ql + cols[None, :], mask=load, other=0.0)
+    do = tl.load(do_base + at * stride_dl + cols[None, :], mask=load, other=0.0)
+    lse = tl.load(lse_base + rows, mask=row_valid, other=float("inf"))
+    top = lse
+    if EXACT:
+        top = tl.load(maxima + rows, mask=row_valid, other=0.0)
+    delta = tl.load(delta_base + rows, mask=row_valid, other=0.0)
+    return _dkdv_step(q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, MASKED, EXACT, PRECISION)
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_k_blocks", "total"])  # fmt: skip  # noqa: E501
@@ -285,23 +286,10 @@ def _sparse_bwd_dkdv_kernel(
                 chosen = tl.load(list_base + position, mask=position < last, other=0)
                 rows = q_first + chosen * BLKQ + m % BLKQ
                 row_valid = (position < last) & (rows < q_end)
-                q, do, lse, top, delta = _load_queries(
-                    q_base,
-                    do_base,
-                    lse_base,
-                    maxima,
-                    delta_base,
-                    rows,
-                    row_valid,
-                    stride_ql,
-                    stride_dl,
-                    cols,
-                    D,
-                    EXACT,
-                )
-                dk, dv = _dkdv_step(
-                    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
-                )
+                dk, dv = _any_queries_step(
+                    q_base, do_base, lse_base, maxima, delta_base, rows, row_valid, stride_ql, stride_dl, cols,
+                    k, v, visible, dk, dv, scale_log2, D, HAS_MASK, EXACT, PRECISION,
+                )  # fmt: skip
         if KEEP_Q or KEEP_K:
             front_end = q_first
             back = q_end
@@ -313,23 +301,10 @@ def _sparse_bwd_dkdv_kernel(
                 at_front = step < num_front_steps
                 rows = tl.where(at_front, step * BLOCK_M, back + (step - num_front_steps) * BLOCK_M) + m
                 row_valid = rows < tl.where(at_front, front_end, Lq)
-                q, do, lse, top, delta = _load_queries(
-                    q_base,
-                    do_base,
-                    lse_base,
-                    maxima,
-                    delta_base,
-                    rows,
-                    row_valid,
-                    stride_ql,
-                    stride_dl,
-                    cols,
-                    D,
-                    EXACT,
-                )
-                dk, dv = _dkdv_step(
-                    q, do, lse, top, delta, k, v, visible, dk, dv, scale_log2, HAS_MASK, EXACT, PRECISION
-                )
+                dk, dv = _any_queries_step(
+                    q_base, do_base, lse_base, maxima, delta_base, rows, row_valid, stride_ql, stride_dl, cols,
+                    k, v, visible, dk, dv, scale_log2, D, HAS_MASK, EXACT, PRECISION,
+                )  # fmt: skip
 
     dk *= scale
     g_offsets = b * stride_gb + h_kv * stride_gh + at * stride_gl + cols[None, :]
