@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .config import SLAConfig
+from .errors import SLAUnsupportedError
 from .families import Family
 
 logger = logging.getLogger(__name__)
+
+_DEFAULT = "set_default_attn_processor"
 
 
 class Denoising:
@@ -80,6 +83,8 @@ def install(model: nn.Module, denoising: Denoising) -> None:
     """Let `denoising` take note of every forward of `model`, in place of an earlier one."""
     remove(model)
     model.__dict__["_sla_denoising"] = denoising
+    if hasattr(type(model), _DEFAULT):  # each model class has its own; it fails with SLA, or drops it
+        model.__dict__[_DEFAULT] = _refuse_default
     if denoising.family.image_tokens is not None or denoising.dense_steps:
         model.__dict__["_sla_hook"] = model.register_forward_pre_hook(_note, with_kwargs=True)
 
@@ -87,9 +92,14 @@ def install(model: nn.Module, denoising: Denoising) -> None:
 def remove(model: nn.Module) -> None:
     """Undo `install`."""
     model.__dict__.pop("_sla_denoising", None)
+    model.__dict__.pop(_DEFAULT, None)
     hook = model.__dict__.pop("_sla_hook", None)
     if hook is not None:
         hook.remove()
+
+
+def _refuse_default() -> None:
+    raise SLAUnsupportedError(f"{_DEFAULT} would replace SLA and its projections; call remove_sla(model) first")
 
 
 @torch.compiler.disable  # it runs between the caller and the compiled model, whose graphs see what it noted
