@@ -28,7 +28,8 @@ class LayerReport:
 
 @dataclass
 class SLAReport:
-    """What `sla_report` found: a verdict on each model, and each of their attention layers. str() gives a table."""
+    """What `sla_report` found: a verdict on each model that has attention layers of Diffusers (on each model there is,
+    where none has), and each of their attention layers. str() gives a table."""
 
     models: dict[str, str]
     layers: dict[str, LayerReport]
@@ -57,7 +58,8 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
         SLAUnsupportedError: What was passed is neither a model nor a pipeline.
     """
     models, layers = {}, {}
-    for component, model in component_models(model_or_pipe).items():
+    there = component_models(model_or_pipe)
+    for component, model in there.items():
         attentions = {
             path: module
             for path, module in model.named_modules()
@@ -71,6 +73,8 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
             continue
         family = family_of(model)
         bound = [a.processor for a in attentions.values() if isinstance(a.processor, BoundSLAAttnProcessor)]
+        if bound and not any(p.calls_sla or p.calls_dense for p in bound) and _is_compiled(model_or_pipe, component):
+            models[component] += "; compiled: calls inside its graphs are not counted"
         wanted = {name.partition(".")[2] for name in self_attention_layers(model, bound[0].config)} if bound else None
         for path, attn in attentions.items():
             processor = attn.processor
@@ -83,10 +87,18 @@ def sla_report(model_or_pipe: Any) -> SLAReport:
                 report = LayerReport("native", "SLA is not installed")
             elif wanted is not None and path not in wanted:
                 report = LayerReport("native", "dense_layers")
-            else:  # set_attention_slice and the like, which know no setter
+            else:  # by hand, or by `set_attn_processor` of the model
                 report = LayerReport("native", f"{type(processor).__name__} was set in SLA's place: apply SLA again")
             layers[f"{component}.{path}"] = report
+    if not models:
+        models = {name: f"{type(model).__name__}: nothing for SLA to serve" for name, model in there.items()}
     return SLAReport(models, layers)
+
+
+def _is_compiled(model_or_pipe: Any, component: str) -> bool:
+    """Whether torch.compile was called on the model or on parts of it."""
+    part = model_or_pipe if isinstance(model_or_pipe, nn.Module) else model_or_pipe.components[component]
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in part.modules())
 
 
 def _verdict(model: nn.Module, num_attentions: int) -> str | None:

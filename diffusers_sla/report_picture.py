@@ -85,7 +85,7 @@ def _sizes(length: int, block: int) -> Tensor:
 
 def _calls(layer: LayerReport) -> str:
     dense = ", ".join(f"{count} dense ({reason})" for reason, count in layer.calls_dense.items())
-    return f"{layer.calls_sla} calls SLA" + (f"\n{dense}" if dense else "")
+    return f"{layer.calls_sla} {'call' if layer.calls_sla == 1 else 'calls'} SLA" + (f"\n{dense}" if dense else "")
 
 
 def _summary(report: SLAReport) -> list[str]:
@@ -94,4 +94,4 @@ def _summary(report: SLAReport) -> list[str]:
         if layer.runs == "native":
             native[layer.why] = native.get(layer.why, 0) + 1
     verdicts = [f"{name}: {verdict}" for name, verdict in report.models.items()]
-    return verdicts + [f"{count} layers native: {why}" for why, count in native.items()]
+    return verdicts + [f"{count} {'layer' if count == 1 else 'layers'} native: {why}" for why, count in native.items()]

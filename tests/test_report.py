@@ -1,11 +1,16 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from models import make, output
+from pipelines import make_pipeline, vae
+from torch import nn
 
 from diffusers_sla import SLAConfig, apply_sla, record, sla_disabled, sla_layers, sla_report
-from diffusers_sla.report_picture import block_shares, kept_share, report_picture
+from diffusers_sla.report import LayerReport, SLAReport
+from diffusers_sla.report_picture import _calls, _summary, block_shares, kept_share, report_picture
 
 SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
 
@@ -13,9 +18,50 @@ SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
 def test_a_processor_that_was_set_in_slas_place_is_named():
     model, _ = make("unet")
     apply_sla(model, SPARSE)
-    model.set_attention_slice("auto")
-    whys = {layer.why for layer in sla_report(model).layers.values()}
-    assert whys == {"SlicedAttnProcessor was set in SLA's place: apply SLA again", "not self-attention over the image"}
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.processor"
+    model.set_attn_processor(model.attn_processors | {key: AttnProcessor()})
+    layers = sla_report(model).layers
+    assert (
+        layers[f"unet.{key.removesuffix('.processor')}"].why == "AttnProcessor was set in SLA's place: apply SLA again"
+    )
+    assert sum(layer.runs == "sla" for layer in layers.values()) == 3
+    assert {layer.why for name, layer in layers.items() if ".attn2" in name} == {"not self-attention over the image"}
+
+
+@pytest.mark.parametrize("model", [vae(), nn.Linear(2, 2)], ids=lambda model: type(model).__name__)
+def test_a_model_with_nothing_to_serve_gets_a_verdict(model):
+    report = sla_report(model)
+    assert str(report) == f"transformer: {type(model).__name__}: nothing for SLA to serve"
+    assert report.layers == {}
+    assert list(sla_report(make_pipeline("sd")).models) == ["unet"]  # beside a denoiser they go without saying
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "blocks"])
+@torch.no_grad()
+def test_calls_that_compiled_graphs_hide_are_told_of(way):
+    torch._dynamo.reset()
+    model, inputs = make("flux")
+    compiled = torch.compile(model, backend="eager") if way == "wrapped" else model
+    if way == "in place":
+        model.compile(backend="eager")
+    elif way == "blocks":
+        model.compile_repeated_blocks(backend="eager")
+    served = "FluxTransformer2DModel: served"
+    assert sla_report(compiled).models == {"transformer": served}
+    plain, _ = make("flux")
+    assert sla_report(apply_sla(plain, SPARSE)).models == {"transformer": served}  # nothing counted, nothing compiled
+    apply_sla(model, SPARSE)
+    output(compiled, inputs)
+    report = sla_report(compiled)
+    assert {layer.calls_sla for layer in report.layers.values()} == {0}
+    told = {"transformer": f"{served}; compiled: calls inside its graphs are not counted"}
+    assert report.models == told
+    assert sla_report(SimpleNamespace(components={"transformer": compiled})).models == told
+    with torch.compiler.set_stance("force_eager"):
+        output(compiled, inputs)
+    report = sla_report(compiled)
+    assert {layer.calls_sla for layer in report.layers.values()} == {1}
+    assert report.models == {"transformer": served}
 
 
 @torch.no_grad()
@@ -79,3 +125,14 @@ def test_the_picture_has_a_map_for_each_recorded_layer():
     blue = [sum(b > r + 60 for r, _, b in image.convert("RGB").getdata()) for image in (with_maps, without)]
     assert blue[0] > 4 * 1000
     assert blue[1] == 0
+
+
+def test_the_picture_counts_one_as_one():
+    once, twice = LayerReport("sla", calls_sla=1), LayerReport("sla", calls_sla=2)
+    assert [_calls(once), _calls(twice)] == ["1 call SLA", "2 calls SLA"]
+    layers = {"a": LayerReport("native", "x"), "b": LayerReport("native", "y"), "c": LayerReport("native", "y")}
+    assert _summary(SLAReport({"unet": "served"}, layers)) == [
+        "unet: served",
+        "1 layer native: x",
+        "2 layers native: y",
+    ]
