@@ -1,6 +1,7 @@
 """Putting SLA into models and pipelines, taking it out again, and watching it work."""
 
 import contextlib
+import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,12 @@ def denoisers(model_or_pipe: Any) -> dict[str, Any]:
         if refused:
             raise SLAUnsupportedError(f"SLA has no attention layer to serve in {refused}: {REFUSED[refused]}")
         found = ", ".join(sorted(classes)) or "no model"
-        raise SLAUnsupportedError(f"SLA knows no attention layer of {found}; it knows {', '.join(FAMILIES)}")
+        close = [name for part in classes for name in difflib.get_close_matches(part, FAMILIES, n=2)]
+        hint = f"; it knows {' and '.join(close)}" if close else ""
+        raise SLAUnsupportedError(
+            f"SLA knows no attention layer of {found}{hint}. docs/models.md lists the {len(FAMILIES)} model classes "
+            "that it serves"
+        )
     return known
 
 

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from models import MODELS, make, output
+from diffusers import UNet2DModel
+from models import make, output
 
 import diffusers_sla.processor
 from diffusers_sla import (
@@ -13,57 +13,15 @@ from diffusers_sla import (
     SLAConfig,
     SLAUnsupportedError,
     apply_sla,
-    remove_sla,
     sla_disabled,
     sla_layers,
     sla_parameters,
     sla_report,
 )
 from diffusers_sla.apply import attention_clock
+from diffusers_sla.families import FAMILIES
 
 SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
-
-
-@pytest.mark.parametrize("name", ["unet", "flux", "wan", "sd3"])
-def test_the_setter_binds_one_processor_per_self_attention_layer(name):
-    model, _ = make(name)
-    native = {key: type(processor) for key, processor in model.attn_processors.items()}
-    model.set_attn_processor(SLAAttnProcessor(topk=0.15))
-    after = model.attn_processors
-    bound = {key: p for key, p in after.items() if isinstance(p, SLAAttnProcessor)}
-    assert len(bound) == len({id(p) for p in bound.values()}) == MODELS[name][1]
-    assert {key: type(p) for key, p in after.items() if key not in bound} == {
-        key: kind for key, kind in native.items() if key not in bound
-    }
-    assert all(p.config.topk == 0.15 for p in bound.values())
-    assert not any(".attn2." in key for key in bound if name in ("unet", "wan"))
-
-
-def test_the_setter_still_takes_native_processors():
-    model, inputs = make("wan")
-    expected = output(model, inputs)
-    native = dict(model.attn_processors)
-    model.set_attn_processor(SLAAttnProcessor())
-    model.set_attn_processor(dict(native))
-    assert model.attn_processors == native
-    assert torch.equal(output(model, inputs), expected)
-
-
-class TwoTransformers(DiffusionPipeline):
-    def __init__(self, transformer, transformer_2, scheduler):
-        super().__init__()
-        self.register_modules(transformer=transformer, transformer_2=transformer_2, scheduler=scheduler)
-
-
-def test_a_pipelines_setter_serves_all_of_its_denoisers():
-    pipe = TwoTransformers(make("wan")[0], make("wan")[0], FlowMatchEulerDiscreteScheduler())
-    pipe.set_attn_processor(SLAAttnProcessor(topk=0.1))
-    assert list(sla_layers(pipe)) == [
-        f"{name}.blocks.{i}.attn1" for name in ("transformer", "transformer_2") for i in range(2)
-    ]
-    assert len(sla_parameters(pipe)) == 8
-    remove_sla(pipe)
-    assert sla_layers(pipe) == {}
 
 
 @pytest.mark.parametrize("name", ["unet", "flux", "wan"])
@@ -219,8 +177,15 @@ def test_a_model_without_layers_for_sla_is_refused_by_name():
     )  # fmt: skip
     with pytest.raises(SLAUnsupportedError, match="UNet2DModel has no attention layer"):
         apply_sla(convolutions)
-    with pytest.raises(SLAUnsupportedError, match="no attention layer of Linear"):
+    with pytest.raises(SLAUnsupportedError, match="no attention layer of Linear") as info:
         apply_sla(torch.nn.Linear(2, 2))
+    assert str(info.value).endswith(
+        f"of Linear. docs/models.md lists the {len(FAMILIES)} model classes that it serves"
+    )
+    near = type("FluxTransformer3DModel", (torch.nn.Module,), {})()
+    with pytest.raises(SLAUnsupportedError, match=r"it knows Flux\w+ and Flux\w+\. docs/models\.md") as info:
+        apply_sla(near)
+    assert "FluxTransformer2DModel" in str(info.value)
     with pytest.raises(SLAUnsupportedError, match="model or pipeline is needed, got int"):
         apply_sla(3)
 
