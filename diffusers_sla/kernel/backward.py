@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from .forward import (
+    add_dot,
+    dot_over_d,
     exp2,
     listed_block,
     load_rows,
@@ -15,7 +17,7 @@ from .forward import (
     num_rows,
     place_in_block,
 )
-from .launch import block_d, cdiv, dkdv_config, dq_config, precision
+from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
 
 
 @triton.jit
@@ -24,18 +26,18 @@ def _dq_step(
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over a tile of keys: adds to delta in the FIRST of two turns, else to dq."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores = dot_over_d(q, tl.trans(k), EXACT, PRECISION)
     if EXACT:
         scores -= top[:, None]
     p = exp2(scores * scale_log2 - lse[:, None], EXACT)
     if MASKED:
         p = tl.where(visible[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = dot_over_d(do, tl.trans(v), EXACT, PRECISION)
     if FIRST:
         delta += tl.sum(p * dp, 1)
     else:
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = add_dot(ds.to(k.dtype), k, dq, EXACT, PRECISION)
     return delta, dq
 
 
@@ -159,16 +161,16 @@ def _dkdv_step(
     MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step over a tile of queries."""
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]
+    scores = dot_over_d(k, tl.trans(q), EXACT, PRECISION)  # [N, M]
     if EXACT:
         scores -= top[None, :]
     p = exp2(scores * scale_log2 - lse[None, :], EXACT)
     if MASKED:
         p = tl.where(visible[:, None], p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dv = add_dot(p.to(do.dtype), do, dv, EXACT, PRECISION)
+    dp = dot_over_d(v, tl.trans(do), EXACT, PRECISION)
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = add_dot(ds.to(q.dtype), q, dk, EXACT, PRECISION)
     return dk, dv
 
 
@@ -331,7 +333,7 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
         HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
-        EXACT=q.dtype == torch.float32, PRECISION=precision(q.dtype),
+        EXACT=q.dtype == torch.float32, PRECISION=PRECISION,
     )  # fmt: skip
     scale_log2 = scale * math.log2(math.e)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import block_d, cdiv, forward_config, precision
+from .launch import PRECISION, block_d, cdiv, forward_config
 
 
 @triton.jit
@@ -104,12 +104,38 @@ def log2(x, EXACT: tl.constexpr):
 
 
 @triton.jit
+def dot_over_d(a, b, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """a [M, BLOCK_D] times b [BLOCK_D, N]. EXACT, for float32: in up to four parts of D, as tensor cores cut their
+    sums off; the bound on imprecise sums, of no effect on float32, keeps Triton from making one sum of them again."""
+    K: tl.constexpr = b.shape[0]
+    PART: tl.constexpr = 32 if K < 128 else K // 4
+    if EXACT and K > PART:
+        d = tl.arange(0, K)[:, None]
+        product = tl.dot(a, tl.where(d < PART, b, 0.0), input_precision=PRECISION, max_num_imprecise_acc=32)
+        for first in tl.static_range(PART, K, PART):
+            part = tl.where((d >= first) & (d < first + PART), b, 0.0)
+            product += tl.dot(a, part, input_precision=PRECISION, max_num_imprecise_acc=32)
+        return product
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(a, b, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a times b; EXACT adds in float32, as above."""
+    if EXACT:
+        return total + tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=32)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _attend(
     q, k, v, visible, acc, row_sum, row_max, scale_log2,
     MASKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over a tile of keys k [N, D], v [N, D]; visible [N]. row_max: before scaling."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+    scores = dot_over_d(q, tl.trans(k), EXACT, PRECISION)  # [M, N]
     if MASKED:
         scores = tl.where(visible[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -123,7 +149,7 @@ def _attend(
         top = top * scale_log2
         p = exp2(scores * scale_log2 - top[:, None], EXACT)
         rescale = exp2(row_max * scale_log2 - top, EXACT)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    acc = add_dot(p.to(v.dtype), v, acc * rescale[:, None], EXACT, PRECISION)
     row_sum = row_sum * rescale + tl.sum(p, 1)
     return acc, row_sum, new_max
 
@@ -323,6 +349,6 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
         HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, EXACT=q.dtype == torch.float32,
-        PRECISION=precision(q.dtype),
+        PRECISION=PRECISION,
         **config.options,
     )  # fmt: skip

@@ -28,15 +28,13 @@ def chunk_size(count, programs, heads):
     return cdiv(count, max(1, min(count, programs // heads)))
 
 
-def precision(dtype):
-    """How float32 matrices are multiplied where the inputs are in `dtype`. Inputs in float32 keep its accuracy, which
-    tensor cores lose even with three products for one: they cut their sums off."""
-    return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32x3"
+# How float32 matrices are multiplied: three tensor-core products that keep float32's accuracy where there are such.
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
 
 
 def rounded_precision(dtype):
     """Precision of a product of float32 matrices that come from, or go to, numbers in `dtype`."""
-    return "ieee" if dtype == torch.float32 or torch.version.hip else "tf32"
+    return PRECISION if dtype == torch.float32 or torch.version.hip else "tf32"
 
 
 # Shared memory of one program in bytes, by compute capability; what is not listed gets the smallest.
@@ -219,8 +217,6 @@ def _linear_block_r(x, halves, most):
 @tunable
 def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
-    if q.element_size() == 4:
-        return Launch(num_warps=8, num_stages=1, block_r=32, rows=32)
     small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
     return Launch(
         num_warps=8 if small or _row_bytes(q) > 128 else 4, num_stages=1 if small else 2,
@@ -230,8 +226,6 @@ def linear_q_config(q, halves):
 
 @tunable
 def linear_k_config(k, halves):
-    if k.element_size() == 4:
-        return Launch(num_warps=8, num_stages=1, block_r=32, rows=32, programs=528)
     wide = halves == 2 or _row_bytes(k) > 256
     small = shared_memory(k.device) <= SMALL_SHARED
     return Launch(

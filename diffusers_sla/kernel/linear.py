@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
-from .launch import block_d, cdiv, chunk_size, linear_k_config, linear_q_config, precision, rounded_precision
+from .forward import dot_over_d
+from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, rounded_precision
 
 EPS = 1e-5
 
@@ -90,6 +91,7 @@ def _linear_bwd_q_kernel(
     r = tl.arange(0, BLOCK_R)
     own = tl.program_id(2) * BLOCK_R + r
     own_valid = own < D
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then M is one tile, loaded once
     m_head = b * M_HEADS + h // (H // M_HEADS)
@@ -128,7 +130,7 @@ def _linear_bwd_q_kernel(
                     feature = (m_at + half) * D + part
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
                     m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
+                mdo = dot_over_d(do, tl.trans(m), EXACT, PRECISION)
                 g += tl.sum(f * mdo, 1)
                 den += tl.sum(f * z[None, :], 1)
         # 0 where a row has no marginal block: 1 / eps would overflow float16 before the map takes it out.
@@ -147,7 +149,7 @@ def _linear_bwd_q_kernel(
                 feature = (m_at + half) * D + own
                 z = tl.load(z_ptr + feature, mask=own_valid, other=0.0)
                 m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=square, other=0.0)
-                mdo = tl.dot(do, tl.trans(m), input_precision=PRECISION)
+                mdo = dot_over_d(do, tl.trans(m), EXACT, PRECISION)
             df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
             dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
@@ -216,6 +218,7 @@ def _key_gradients(
     h = bh % Hkv
     cols = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then dH is one tile, loaded once
     h_at = (bh * H_BLOCKS + tl.where(H_BLOCKS == 1, 0, chunk)) * NUM_HALVES
@@ -248,7 +251,7 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
+                df = dot_over_d(v, tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 t += tl.sum(f * df, 1)
                 dv = tl.dot(f.to(dh.dtype), dh, dv, input_precision=PRECISION)
         stored = row_valid[:, None] & (cols[None, :] < D)
@@ -268,7 +271,7 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                    df = tl.dot(v, tl.trans(dh), input_precision=PRECISION) + dz[None, :]
+                    df = dot_over_d(v, tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 dx += phi_tile_backward(x_part, f, df, t, PHI, half)
             dx = tl.where(visible[:, None], dx, 0.0)
             dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
@@ -352,7 +355,7 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
         x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
         H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
         D=D, BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_R=BLOCK_R, PHI=feature_map, NUM_HALVES=halves,
-        PRECISION=precision(x.dtype), **config.options,
+        PRECISION=PRECISION, **config.options,
     )  # fmt: skip
     return dm, dz, dbias
 
@@ -380,6 +383,6 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
         D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=precision(x.dtype),
+        NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
         WEIGHT_PROGRAMS=first, TILE=32, **config.options,
     )  # fmt: skip

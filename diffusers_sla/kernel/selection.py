@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import block_d, cdiv, chunk_size, precision, prepare_config, rounded_precision, select_config
+from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config, rounded_precision, select_config
 from .linear import project, projection
 
 
@@ -345,7 +345,7 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
         num_chunks, blocks_per_chunk, num_key_programs, norm,
         D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLKQ=blkq, BLKK=blkk, GROUP=group,
         PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None,
-        HAS_LINEAR=linear != "none", POOL=pool, PRECISION=precision(q.dtype),
+        HAS_LINEAR=linear != "none", POOL=pool, PRECISION=PRECISION,
         **config.options,
     )  # fmt: skip
     return q_mean, k_mean, k_bias, sums, z

@@ -88,7 +88,7 @@ def main(backend, arch, count=None):
     else:
         target, limit = GPUTarget(backend, arch, 64), launch.ROCM_SHARED
         for module in (forward, backward, linear, selection):
-            module.precision = lambda dtype: "ieee"
+            module.PRECISION = "ieee"
         linear.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
     made: list[tuple[str, int]] = []
