@@ -146,7 +146,10 @@ def test_anyone_can_load_a_checkpoint(tmp_path):
     fresh = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
     load_sla_weights(fresh, tmp_path)
     with torch.no_grad():
-        assert torch.equal(output(fresh, run.inputs), output(run.model.eval(), run.inputs))
+        # Not bit for bit: tensors that lie in a file's memory are aligned otherwise, and on some processors round so.
+        torch.testing.assert_close(
+            output(fresh, run.inputs), output(run.model.eval(), run.inputs), rtol=1e-5, atol=1e-6
+        )
     assert sorted(p.name for p in tmp_path.glob("sla_attention.*")) == [
         "sla_attention.pt",
         "sla_attention.safetensors",
