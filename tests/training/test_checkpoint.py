@@ -145,11 +145,10 @@ def test_anyone_can_load_a_checkpoint(tmp_path):
     run.accelerator.save_state(tmp_path)
     fresh = WanTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer")
     load_sla_weights(fresh, tmp_path)
+    for parameter in fresh.parameters():  # a file's memory is aligned otherwise, and some processors then round so
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
-        # Not bit for bit: tensors that lie in a file's memory are aligned otherwise, and on some processors round so.
-        torch.testing.assert_close(
-            output(fresh, run.inputs), output(run.model.eval(), run.inputs), rtol=1e-5, atol=1e-6
-        )
+        assert torch.equal(output(fresh, run.inputs), output(run.model.eval(), run.inputs))
     assert sorted(p.name for p in tmp_path.glob("sla_attention.*")) == [
         "sla_attention.pt",
         "sla_attention.safetensors",
