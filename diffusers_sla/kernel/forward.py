@@ -283,7 +283,7 @@ def _sparse_fwd_kernel(
                 if not WHOLE:
                     o_s = tl.load(o_s_ptr + o_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                 a = tl.load(a_ptr + cols[None, :] * D + part[:, None], mask=(cols[None, :] < D) & (part[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
-                o = tl.dot(o_s, a.to(o_s.dtype), o, input_precision=PRECISION)
+                o = add_dot(o_s, a.to(o_s.dtype), o, EXACT, PRECISION)
         if HAS_LINEAR:
             f_base = q_ptr + b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
             if PHI == "hedgehog":
@@ -305,7 +305,7 @@ def _sparse_fwd_kernel(
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
                     m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                     den += tl.sum(f * z[None, :], 1)
-                    y = tl.dot(f.to(m.dtype), m, y, input_precision=PRECISION)
+                    y = add_dot(f.to(m.dtype), m, y, EXACT, PRECISION)
             o += y * (1.0 / (den + eps))[:, None]
         if HAS_BIAS:
             o += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]

@@ -63,7 +63,7 @@ class Launch:
     @property
     def options(self):
         """What Triton takes."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
 
 
@@ -151,9 +151,16 @@ def _block_r(x):
     return BLOCK_D if BLOCK_D * _row_bytes(x) <= 32768 else max(32, 16384 // _row_bytes(x))
 
 
+def _all_registers(x):
+    """Products of float32 take more registers than there are: ptxas gives up then, at 32 a thread, unless told so."""
+    return 255 if x.element_size() == 4 else None
+
+
 def _registers(x):
     """With tiles of 64 rows of 128 bytes a limit lets four programs share a multiprocessor, where it multiplies from
     shared memory."""
+    if x.element_size() == 4:
+        return _all_registers(x)
     return 128 if _row_bytes(x) <= 128 and shared_memory(x.device) > 2 * SMALL_SHARED else None
 
 
@@ -174,7 +181,7 @@ def select_config(q_mean):
 @tunable
 def forward_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
-    block_m = min(blkq, 64)
+    block_m = min(blkq, 32 if row > 512 else 64)
     block_n = 64 if row <= 256 else 32
     while block_m * row + 2 * block_n * row > shared - REST and block_n > 16:
         block_n //= 2
@@ -187,7 +194,7 @@ def forward_config(q, blkq, blkk):
 @tunable
 def dq_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
-    block_m = min(blkq, 32 if row > 256 else 64 if row <= 128 else 128)
+    block_m = min(blkq, 16 if row > 512 else 32 if row > 256 else 64 if row <= 128 else 128)
     block_n = 64 if row <= 256 else 32
     copies = 2 if q.element_size() == 4 else 1
     while 2 * copies * (block_m + block_n) * row > shared - REST and block_n > 16:
@@ -206,7 +213,7 @@ def dkdv_config(q, blkq, blkk):
     while 2 * copies * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
         block_m //= 2
     stages = _stages(shared, 2 * copies * block_n * row, 2 * copies * block_m * row, 3 if row <= 128 else 2)
-    return Launch(8 if block_n >= 128 or row > 256 else 4, stages, block_m, block_n)
+    return Launch(8 if block_n >= 128 or row > 256 else 4, stages, block_m, block_n, registers=_all_registers(q))
 
 
 def _linear_block_r(x, halves, most):
@@ -217,18 +224,21 @@ def _linear_block_r(x, halves, most):
 @tunable
 def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
-    small = halves == 2 or _row_bytes(q) > 256 or shared_memory(q.device) <= SMALL_SHARED
+    row = _row_bytes(q)
+    small = halves == 2 or row > 256 or shared_memory(q.device) <= SMALL_SHARED
     return Launch(
-        num_warps=8 if small or _row_bytes(q) > 128 else 4, num_stages=1 if small else 2,
-        block_r=_linear_block_r(q, halves, 64 if small else 128),
+        num_warps=8 if small or row > 128 else 4, num_stages=1 if small else 2,
+        block_r=_linear_block_r(q, halves, 64 if small else 128), rows=16 if row > 512 else 64,
+        registers=_all_registers(q),
     )  # fmt: skip
 
 
 @tunable
 def linear_k_config(k, halves):
-    wide = halves == 2 or _row_bytes(k) > 256
+    row = _row_bytes(k)
+    wide = halves == 2 or row > 256
     small = shared_memory(k.device) <= SMALL_SHARED
     return Launch(
         num_warps=8 if wide else 4, num_stages=1 if wide or small else 3, block_r=_linear_block_r(k, halves, 128),
-        rows=64 if wide else 32, programs=528,
+        rows=16 if row > 512 else 64 if wide else 32, programs=528, registers=_all_registers(k),
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
-from .forward import dot_over_d
+from .forward import add_dot, dot_over_d
 from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, rounded_precision
 
 EPS = 1e-5
@@ -30,6 +30,7 @@ def project(
     BLOCK_E: tl.constexpr = 32
     TILE: tl.constexpr = 8
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    EXACT: tl.constexpr = product_ptr.dtype.element_ty == tl.float32
     head = (pid // TILES).to(tl.int64)
     f = pid % TILES * BLOCK_F + tl.arange(0, BLOCK_F)
     d = tl.arange(0, BLOCK_D)
@@ -51,7 +52,7 @@ def project(
         else:
             w_ptrs = w_ptr + d[:, None] * D + e[None, :]
         w = tl.load(w_ptrs, mask=(e[None, :] < D) & (d[:, None] < D), other=0.0).to(tl.float32)
-        product = tl.dot(total, w, input_precision=PRECISION) * factor
+        product = dot_over_d(total, w, EXACT, PRECISION) * factor
         ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
         tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
 
@@ -155,10 +156,10 @@ def _linear_bwd_q_kernel(
             dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
             f = (f * inv[:, None]).to(do.dtype)
             if half == 0:
-                dm_0 = tl.dot(tl.trans(do), f, dm_0, input_precision=PRECISION)
+                dm_0 = add_dot(tl.trans(do), f, dm_0, EXACT, PRECISION)
                 dz_0 += dz
             else:
-                dm_1 = tl.dot(tl.trans(do), f, dm_1, input_precision=PRECISION)
+                dm_1 = add_dot(tl.trans(do), f, dm_1, EXACT, PRECISION)
                 dz_1 += dz
         dbias += tl.sum(tl.reshape(do.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), 0)
         dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + own[None, :]
@@ -191,7 +192,7 @@ def _weight_gradients(
             there = at < num_rows
             dm = tl.load(dm_ptr + at * D + e[None, :], mask=there & (e[None, :] < D), other=0.0)
             h = tl.load(h_ptr + at * D + d[None, :], mask=there & (d[None, :] < D), other=0.0)
-            dw = tl.dot(tl.trans(dm), h, dw, input_precision=PRECISION)
+            dw = add_dot(tl.trans(dm), h, dw, True, PRECISION)
         ptrs = dw_ptr + e[:, None] * D + d[None, :]
         tl.store(ptrs, dw.to(dw_ptr.dtype.element_ty), mask=(e[:, None] < D) & (d[None, :] < D))
     elif dbias_ptr is not None:
@@ -253,7 +254,7 @@ def _key_gradients(
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                 df = dot_over_d(v, tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 t += tl.sum(f * df, 1)
-                dv = tl.dot(f.to(dh.dtype), dh, dv, input_precision=PRECISION)
+                dv = add_dot(f.to(dh.dtype), dh, dv, EXACT, PRECISION)
         stored = row_valid[:, None] & (cols[None, :] < D)
         dv_ptrs = dv_ptr + b * stride_wb + h * stride_wh + at * stride_wl + cols[None, :]
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)

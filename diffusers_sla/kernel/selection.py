@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
+from .forward import add_dot
 from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config, rounded_precision, select_config
 from .linear import project, projection
 
@@ -83,7 +84,7 @@ def _sum_keys(
             f = phi_tile(y, top, inv, inside, PHI, 0)
             if NUM_HALVES == 2:
                 f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
-            acc = tl.dot(tl.trans(v), f.to(v.dtype), acc, input_precision=PRECISION)
+            acc = add_dot(tl.trans(v), f.to(v.dtype), acc, v.dtype == tl.float32, PRECISION)
             z += tl.sum(tl.reshape(f, [BLKK // 16, 16, BLOCK_D]), 0)
     if HAS_LINEAR:
         at = (bh * num_chunks + chunk) * NUM_HALVES + half
