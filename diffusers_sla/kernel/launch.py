@@ -187,7 +187,7 @@ def forward_config(q, blkq, blkk):
         block_n //= 2
     # Where tiles of float32 are multiplied, what the tensor cores read is in shared memory once more.
     copies = 2 if q.element_size() == 4 else 1
-    stages = _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
+    stages = 1 if row > 512 else _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
     return Launch(8 if row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q), registers=_registers(q))
 
 
@@ -228,7 +228,7 @@ def linear_q_config(q, halves):
     small = halves == 2 or row > 256 or shared_memory(q.device) <= SMALL_SHARED
     return Launch(
         num_warps=8 if small or row > 128 else 4, num_stages=1 if small else 2,
-        block_r=_linear_block_r(q, halves, 64 if small else 128), rows=16 if row > 512 else 64,
+        block_r=_linear_block_r(q, halves, 64 if small else 128), rows=16 if row > 512 else 32 if q.element_size() == 4 else 64,
         registers=_all_registers(q),
     )  # fmt: skip
 

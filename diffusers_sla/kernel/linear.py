@@ -299,8 +299,9 @@ def _linear_bwd_k_kernel(
     pid = tl.program_id(0)
     if pid < WEIGHT_PROGRAMS:
         if WEIGHT_PROGRAMS > 0:
+            ROWS: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.float32 else 64  # tensor cores cut long sums off
             _weight_gradients(
-                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, 64, PRECISION
+                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, ROWS, PRECISION
             )
     else:
         _key_gradients(
