@@ -1,7 +1,7 @@
 """The pipeline that this Space shows, and how its visitors share it: one at a time, with progress and a way to stop.
 
 `SPACE_MODEL` names one of MODELS, "sample" by default. `SPACE_STATE` names a folder or repository with trained
-projections for it.
+projections for it; the LoRA beside them in a folder is used too.
 """
 
 import contextlib

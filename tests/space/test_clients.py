@@ -44,6 +44,24 @@ def test_compare_gives_both_images_and_the_numbers(client):
         assert word in page
 
 
+def test_what_is_trained_has_its_lora_and_dense_has_not(client, space):
+    for _ in range(2):  # the second dense run comes after a trained one
+        pictures, _, numbers, _ = client.predict(**DEFAULTS, with_untrained=True, api_name="/compare")
+        request = Request(class_label="cat", seed=3, steps=2, guidance_scale=1.0)
+        dense = generate(tiny_dit(), request).frames[0]
+        left = Image.open(pictures["value"][0] if isinstance(pictures, dict) else pictures[0])
+        assert np.array_equal(np.asarray(left.convert("RGB")), np.asarray(dense))
+        config, state = SLAConfig(topk=0.25), space.folder / "sample" / "state"
+        variants = [
+            Variant(name="trained", config=config, state=state, lora=state),
+            Variant(name="untrained", config=config),
+            Variant(name="without the LoRA", config=config, state=state),
+        ]
+        _, *expected, without = (r.psnr for r in compare(tiny_dit(), request, variants, warm_up=False).results)
+        assert [r["psnr"] for r in numbers["results"][1:]] == pytest.approx(expected, abs=0.05)
+        assert abs(expected[0] - without) > 0.1
+
+
 def test_inside_and_measure_answer(client):
     status, picture, block_map, *_, words, bars = client.predict(**DEFAULTS, step=2, api_name="/inside")[:7]
     assert status == ""
