@@ -118,11 +118,11 @@ def test_states_are_measured_with_their_lora(quality, command, tmp_path, monkeyp
     write_lora(tiny_dit(), tmp_path / "lora")
     arguments = [
         "states.py", "--photos", tmp_path / "photos.npz", "--pipeline", tmp_path / "pipeline", "--held-out", 2,
-        "--images", 2, "--image-steps", 2, tmp_path / "zero", tmp_path / "lora",
+        "--images", 2, "--image-steps", 2, tmp_path / "lora", tmp_path / "zero",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     states.main()
-    dense, untrained, zero, lora = map(json.loads, capsys.readouterr().out.splitlines())
+    dense, untrained, lora, zero = map(json.loads, capsys.readouterr().out.splitlines())
     assert dense.keys() == {"state", "loss"}
     names = ("loss", "attention_error", "psnr", "ssim")
     assert [untrained[name] for name in names] == [zero[name] for name in names]
