@@ -103,7 +103,18 @@ def build(served: Served, loaded: gr.State) -> None:
         """The example's comparison with the page's own settings; Gradio keeps it for the next visitor."""
         model = served.model
         request, config = request_form.values(
-            served, subject, model.topk, seed, model.steps, model.guidance_scale, 64, 64, "softmax", "all", 0.0, 2
+            served,
+            subject,
+            model.topk,
+            seed,
+            model.steps,
+            model.guidance_scale,
+            64,
+            64,
+            "softmax",
+            "all",
+            0.0,
+            model.dense_steps,
         )
         with served.lock:
             comparison = compare(served.pipe, request, _variants(config, served.trained(), False))

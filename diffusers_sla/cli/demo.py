@@ -28,7 +28,7 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
     "--sla-config",
     "--sla_config",
     metavar="JSON",
-    help="Other settings. Default: the sample's first two steps run dense.",
+    help="Other settings.",
 )
 @click.option(
     "--sla-weights",
@@ -65,7 +65,6 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
             raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
         wanted = _sample_defaults(wanted)
         sla_weights = sla_weights or SAMPLE.with_name("sample_state")
-        sla_config = sla_config or {"dense_steps": [0, 1]}  # where the layout of the image is decided
     base = SLAConfig.parse(sla_config).to_dict()
     lora = lora_beside(sla_weights)
     variants = []
