@@ -1,8 +1,9 @@
 """One seed, dense and with SLA at several settings: how long, how much computed, how near."""
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from .config import SLAConfig
 from .errors import SLAError
 from .flops import blocks_kept, dense_flops, sla_flops
 from .generation import Request, generate
+from .lora import add_lora
 from .weights import load_sla_weights
 
 OnProgress = Callable[[str, int, int], None]
@@ -23,19 +25,27 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What to run: a name, settings, and where the projections come from (None: zero, as before any training)."""
+    """What to run: a name, settings, where the projections come from (None: zero, as before any training), and the
+    LoRA that was trained beside them, if one was."""
 
     name: str
     config: SLAConfig
     state: str | os.PathLike | Mapping[str, Any] | None = None
+    lora: str | os.PathLike | None = None
 
-    def install(self, pipe: Any) -> None:
-        """Put this variant, and nothing else, on a pipeline."""
+    @contextlib.contextmanager
+    def installed(self, pipe: Any) -> Iterator[None]:
+        """The pipeline runs this variant inside the block; afterwards it is without SLA, its weights the same bits."""
         remove_sla(pipe)
-        if self.state is None:
-            apply_sla(pipe, self.config)
-        else:
-            load_sla_weights(pipe, self.state, config=self.config, override=True)
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_sla, pipe)
+            if self.state is None:
+                apply_sla(pipe, self.config)
+            else:
+                load_sla_weights(pipe, self.state, config=self.config, override=True)
+            if self.lora is not None:
+                undo.callback(add_lora(pipe, self.lora))
+            yield
 
 
 @dataclass
@@ -140,7 +150,7 @@ def compare(
 
     Raises:
         SLAError: SLA is installed already.
-        SLAConfigError, SLAUnsupportedError, SLAStateError: See `Request`, `apply_sla`, `load_sla_weights`.
+        SLAConfigError, SLAUnsupportedError, SLAStateError: See `Request`, `apply_sla`, `load_sla_weights`, `add_lora`.
     """
     if sla_layers(pipe):
         raise SLAError("compare() needs a pipeline without SLA: remove_sla(pipe) first")
@@ -151,15 +161,15 @@ def compare(
         with sla_disabled(pipe):
             generation, dense_clock = _timed(pipe, request, "dense", warm_up, on_progress)
         results.append(_result("dense", None, pipe, generation, dense_clock, dense_clock))
-        for variant in variants:
-            variant.install(pipe)
-            generation, clock = _timed(pipe, request, variant.name, warm_up, on_progress)
-            result = _result(variant.name, variant.config, pipe, generation, clock, dense_clock)
-            result.psnr = psnr(results[0].frames, result.frames)
-            result.ssim = ssim(results[0].frames, result.frames)
-            results.append(result)
     finally:
         remove_sla(pipe)
+    for variant in variants:
+        with variant.installed(pipe):
+            generation, clock = _timed(pipe, request, variant.name, warm_up, on_progress)
+            result = _result(variant.name, variant.config, pipe, generation, clock, dense_clock)
+        result.psnr = psnr(results[0].frames, result.frames)
+        result.ssim = ssim(results[0].frames, result.frames)
+        results.append(result)
     return Comparison(
         results, request.num_steps(pipe), device_name(pipe.device), str(pipe.dtype).removeprefix("torch."),
         torch.__version__,

@@ -19,13 +19,13 @@ from .errors import (
     SLAStateNotFoundError,
 )
 from .hub import Files, Pushed, check_repo_id, push_files
+from .lora import LORA_NAME
 from .saved_models import component_configs, component_names, expected_layers, missing_components
 from .state import PT_NAME, SAFETENSORS_NAME, SLAState, read_state, write_state
 from .tensor_files import code_in_pickles, open_safetensors
 from .weights import fit, parse_settings, save_sla_weights
 
 CONFIG_NAME = "sla_config.json"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 _MODEL_FILES = re.compile(r"config\.json|diffusion_pytorch_model.*\.(safetensors|bin|json)")
 
 

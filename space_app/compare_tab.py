@@ -14,6 +14,7 @@ from serving import Progress, Served, answered, on_gpu, streamed
 
 from diffusers_sla.compare import Comparison, Variant, compare
 from diffusers_sla.generation import save_frames
+from diffusers_sla.lora import lora_beside
 
 TRAINED, UNTRAINED = "SLA, trained", "SLA, untrained"
 VIDEOS = Path(tempfile.gettempdir()) / "sla-space-videos"
@@ -102,7 +103,18 @@ def build(served: Served, loaded: gr.State) -> None:
         """The example's comparison with the page's own settings; Gradio keeps it for the next visitor."""
         model = served.model
         request, config = request_form.values(
-            served, subject, model.topk, seed, model.steps, model.guidance_scale, 64, 64, "softmax", "all", 0.0, 2
+            served,
+            subject,
+            model.topk,
+            seed,
+            model.steps,
+            model.guidance_scale,
+            64,
+            64,
+            "softmax",
+            "all",
+            0.0,
+            model.dense_steps,
         )
         with served.lock:
             comparison = compare(served.pipe, request, _variants(config, served.trained(), False))
@@ -134,7 +146,9 @@ def build(served: Served, loaded: gr.State) -> None:
 
 
 def _variants(config, trained, with_untrained) -> list[Variant]:
-    variants = [Variant(name=TRAINED, config=config, state=trained)] if trained else []
+    variants = []
+    if trained:
+        variants.append(Variant(name=TRAINED, config=config, state=trained, lora=lora_beside(trained)))
     if with_untrained or not trained:
         variants.append(Variant(name=UNTRAINED, config=config))
     return variants

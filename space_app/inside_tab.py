@@ -8,9 +8,9 @@ import request_form
 from PIL import Image
 from serving import Progress, Served, answered, on_gpu, streamed
 
-from diffusers_sla import remove_sla
 from diffusers_sla.compare import Variant
 from diffusers_sla.inside import Inside, look_inside
+from diffusers_sla.lora import lora_beside
 from diffusers_sla.pictures import block_map_image, branch_images, where_a_block_looks
 
 
@@ -80,15 +80,13 @@ def build(served: Served, loaded: gr.State) -> None:
         state = repository or served.trained()
 
         def work(on_progress):
-            Variant(name="SLA", config=config, state=state).install(served.pipe)
-            try:
+            variant = Variant(name="SLA", config=config, state=state, lora=lora_beside(state))
+            with variant.installed(served.pipe):
                 inside = look_inside(
                     served.pipe, request, step=int(step), on_step=lambda done, total: on_progress("SLA", done, total)
                 )
-                _thin_out(inside)
-                return inside
-            finally:
-                remove_sla(served.pipe)
+            _thin_out(inside)
+            return inside
 
         for inside in streamed(served, work):
             if isinstance(inside, Progress):

@@ -48,7 +48,12 @@ def build(served: Served) -> Form:
             list(LINEAR_MODES), value="all", label="Linear branch", info="Over all blocks, the marginal ones, or none."
         )
         dense = gr.Slider(
-            0, 10, 2, step=1, label="First steps kept dense", info="The layout of the picture is decided there."
+            0,
+            10,
+            model.dense_steps,
+            step=1,
+            label="First steps kept dense",
+            info="The layout of the picture is decided there.",
         )
         skip = gr.Slider(0.0, 0.95, 0.0, step=0.05, label="Blocks left out altogether (skip)")
     return Form([subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense])

@@ -1,7 +1,7 @@
 """The pipeline that this Space shows, and how its visitors share it: one at a time, with progress and a way to stop.
 
 `SPACE_MODEL` names one of MODELS, "sample" by default. `SPACE_STATE` names a folder or repository with trained
-projections for it.
+projections for it; the LoRA beside them in a folder is used too.
 """
 
 import contextlib
@@ -33,6 +33,9 @@ MAX_PROMPT = 2000
 class Model:
     """A pipeline and the values its page starts with.
 
+    dense_steps: the first ones of an image, where its layout is decided; what was trained with a LoRA needs none, and
+    its LoRA would change them.
+
     subjects: prompts, or the classes that the pipeline has. step_seconds: of a dense step, for ZeroGPU's estimates;
     reckoned, not measured: 570 TFLOP for Wan and 25 for SDXL, with guidance, at 140 TFLOP/s.
     """
@@ -44,6 +47,7 @@ class Model:
     guidance_scale: float
     topk: float
     step_seconds: float
+    dense_steps: int = 2
     max_steps: int = 50
     height: int | None = None
     width: int | None = None
@@ -56,8 +60,8 @@ MODELS = {
     "sample": Model(
         title="the sample pipeline: 19 million parameters, 256x256 pixels, 4096 tokens",
         source=str(HERE / "sample_pipeline"), subjects=("temple", "flower", "coffee", "coins", "galaxies", "cat"),
-        steps=6, guidance_scale=2.0, topk=0.05, step_seconds=0.1, max_steps=20, state=str(HERE / "sample_state"),
-        takes_classes=True,
+        steps=6, guidance_scale=2.0, topk=0.05, step_seconds=0.1, dense_steps=0, max_steps=20,
+        state=str(HERE / "sample_state"), takes_classes=True,
     ),
     "wan": Model(
         title="Wan 2.1 1.3B: 81 frames of 832x480, 32760 tokens", source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",

@@ -2,6 +2,7 @@
 
     python space_app/train_sample.py --pack photos.npz                          # where scikit-image is installed
     python space_app/train_sample.py --photos photos.npz --out out --minutes 8.5   # on a GPU; needs no scikit-image
+    python space_app/train_sample.py --photos photos.npz --folder crops         # for `diffusers-sla finetune --data`
 
 A class per photograph. The left 4/5 of each photograph is trained on, the right 1/5 is held out. An AutoencoderKL
 (256x256 pixels to 64x64 latents) is trained first, then a DiT by flow matching on 4096 latent tokens. `--out` receives
@@ -88,6 +89,17 @@ def crops_of_all(photos, count, held_out, seed):
     generator = torch.Generator().manual_seed(seed)
     crops = torch.cat([cut(photo, count, held_out, generator) for photo in photos])
     return crops, torch.arange(len(photos), device=crops.device).repeat_interleave(count)
+
+
+def write_crops(path, folder, count):
+    """`count` crops of each photograph's part to train on, as `finetune` reads them: a folder per class."""
+    packed = np.load(path)
+    photos = [torch.from_numpy(packed[name]).permute(2, 0, 1) for name in packed.files]
+    crops, labels = crops_of_all(photos, count, held_out=False, seed=1)
+    for i, (crop, label) in enumerate(zip(crops, labels.tolist(), strict=True)):
+        target = Path(folder) / packed.files[label] / f"{i:05d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(target, quality=95)
 
 
 def build_vae(tiny):
@@ -351,6 +363,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", metavar="NPZ", help="only collect the photographs into this file")
     parser.add_argument("--photos", metavar="NPZ", help="train on the photographs in this file")
+    parser.add_argument("--folder", help="only cut crops of --photos into this folder, which `finetune` reads")
+    parser.add_argument("--crops", type=int, default=40, help="how many of each photograph go into --folder")
     parser.add_argument("--out", default="outputs/sample", help="folder for the result")
     parser.add_argument("--minutes", type=float, default=8.5, help="time for all training, compilation included")
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate of the transformer")
@@ -359,7 +373,12 @@ def main():
     options = parser.parse_args()
     if bool(options.pack) == bool(options.photos):
         parser.error("give one of --pack and --photos")
-    pack(options.pack) if options.pack else train(options)
+    if options.pack:
+        pack(options.pack)
+    elif options.folder:
+        write_crops(options.photos, options.folder, options.crops)
+    else:
+        train(options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Tiny random pipelines, made of the models in models.py, with text encoders that need no download."""
 
+from pathlib import Path
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -27,6 +29,7 @@ from diffusers import (
     WanPipeline,
 )
 from models import make
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -38,6 +41,10 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from diffusers_sla.apply import component_models, self_attention_layers
+from diffusers_sla.config import SLAConfig
+from diffusers_sla.lora import LORA_NAME
 
 
 def tokenizer(length):
@@ -174,6 +181,20 @@ SIZES = {
     "sd3": {"height": 32, "width": 32}, "pixart": {"height": 64, "width": 64},
     "ltx": {"height": 32, "width": 32, "num_frames": 5}, "cogvideox": {"height": 64, "width": 64, "num_frames": 5},
 }  # fmt: skip
+
+
+def write_lora(model_or_pipe, folder, rank=2):
+    """A random LoRA on to_q of every self-attention layer, as `finetune` writes it."""
+    tensors = {}
+    generator = torch.Generator().manual_seed(1)
+    models = component_models(model_or_pipe)
+    for layer in self_attention_layers(model_or_pipe, SLAConfig()):
+        component, _, path = layer.partition(".")
+        outputs, inputs = models[component].get_submodule(path).to_q.weight.shape
+        tensors[f"{layer}.to_q.lora_A.weight"] = torch.randn(rank, inputs, generator=generator)
+        tensors[f"{layer}.to_q.lora_B.weight"] = torch.randn(outputs, rank, generator=generator)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder) / LORA_NAME, metadata={"format": "pt"})
 
 
 def make_pipeline(name):

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import tiny_dit
+from pipelines import tiny_dit, write_lora
 
 from diffusers_sla import SLAConfig, SLAError, apply_sla, sla_layers
 from diffusers_sla.compare import Variant, _steps_to_warm_up, compare, psnr, ssim
 from diffusers_sla.flops import dense_flops, sla_flops
 from diffusers_sla.generation import Request, generate
+from diffusers_sla.lora import add_lora
 from diffusers_sla.weights import sla_state
 
 REQUEST = Request(class_label="cat", seed=1, steps=3, guidance_scale=1.0)
@@ -86,6 +87,43 @@ def test_trained_projections_count():
     assert result.results[2].frames == expected
     assert result.results[1].frames != expected
     assert result.results[3].config == sparser
+
+
+def test_a_lora_counts_in_its_variant_and_nowhere_else(tmp_path):
+    pipe = tiny_dit()
+    write_lora(pipe, tmp_path)
+    weights = {name: (p.data_ptr(), p.data.clone()) for name, p in pipe.transformer.named_parameters()}
+    plain = Variant(name="plain", config=SPARSE)
+    trained = Variant(name="trained", config=SPARSE, lora=tmp_path)
+    dense, with_lora, without = compare(pipe, REQUEST, [trained, plain], warm_up=False).results
+    assert (
+        dense.frames == compare(pipe, REQUEST, [], warm_up=False).dense.frames == generate(tiny_dit(), REQUEST).frames
+    )
+    assert without.frames == generate(apply_sla(tiny_dit(), SPARSE), REQUEST).frames
+    expected = apply_sla(tiny_dit(), SPARSE)
+    add_lora(expected, tmp_path)
+    assert with_lora.frames == generate(expected, REQUEST).frames != without.frames
+    for name, parameter in pipe.transformer.named_parameters():
+        assert parameter.data_ptr() == weights[name][0]
+        assert torch.equal(parameter, weights[name][1])
+
+
+def test_an_error_in_a_variant_takes_its_lora_out(tmp_path):
+    pipe = tiny_dit()
+    write_lora(pipe, tmp_path)
+    weight = pipe.transformer.transformer_blocks[0].attn1.to_q.weight
+    before = weight.data_ptr()
+
+    def stop(name, step, total):
+        if name == "trained":
+            assert weight.data_ptr() != before
+            raise KeyboardInterrupt
+
+    trained = Variant(name="trained", config=SPARSE, lora=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compare(pipe, REQUEST, [trained], warm_up=False, on_progress=stop)
+    assert weight.data_ptr() == before
+    assert not sla_layers(pipe)
 
 
 def test_calls_that_ran_dense_are_in_the_table():

@@ -14,7 +14,7 @@ LEVELS = (
     {"denoising", "flops", "generation", "state", "wan_checkpoint"},
     {"benchmark", "cards", "drop_in", "processor"},
     {"apply", "hub", "tuning"},
-    {"doctor", "export_kernel", "report", "saved_models", "setter", "space", "weights"},
+    {"doctor", "export_kernel", "lora", "report", "saved_models", "setter", "space", "weights"},
     {"compare", "conversion", "inside", "inspection", "push", "training"},
     {"pictures", "__init__"},
     {"report_picture"},

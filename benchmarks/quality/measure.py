@@ -48,7 +48,7 @@ def attention_error(model, flow_loss, latents, labels):
 
 
 @torch.no_grad()
-def images(pipe, class_ids, steps, batch=12):
+def images(pipe, class_ids, steps, batch=12, guidance_scale=1.0):
     """Pixels [N, 3, H, W] in [0, 1] of one image per class, the same noise every time, and the seconds it took."""
     device = pipe.transformer.device
     wait(device)
@@ -58,8 +58,9 @@ def images(pipe, class_ids, steps, batch=12):
         generator = [torch.Generator().manual_seed(1000 + int(i)) for i in part]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             output = pipe(
-                part.tolist(), guidance_scale=1.0, generator=generator, num_inference_steps=steps, output_type="np"
-            )
+                part.tolist(), guidance_scale=guidance_scale, generator=generator, num_inference_steps=steps,
+                output_type="np",
+            )  # fmt: skip
         pixels.append(torch.from_numpy(output.images).permute(0, 3, 1, 2))
     wait(device)
     return torch.cat(pixels).float(), time.monotonic() - started

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import click
@@ -9,6 +10,7 @@ import click
 from ..config import SLAConfig
 from ..errors import SLAError
 from ..generation import Request, load_pipeline, save_frames
+from ..lora import add_lora, lora_beside
 from ..state import PT_NAME
 from ..weights import load_sla_weights, save_sla_weights
 from .options import device_options, dtype_of, needs_extra, progress, quieten_diffusers, request_options
@@ -19,20 +21,21 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
 @click.command("demo")
 @click.option("--model", metavar="PATH_OR_REPO", help="A pipeline. Default: the sample in the project's repository.")
 @click.option(
-    "--topk", type=float, multiple=True, default=(0.1, 0.05), show_default=True,
+    "--topk", type=float, multiple=True, default=(0.05,), show_default=True,
     help="Share of key blocks computed exactly; may be given several times.",
 )  # fmt: skip
 @click.option(
     "--sla-config",
     "--sla_config",
     metavar="JSON",
-    help="Other settings. Default: the sample's first two steps run dense.",
+    help="Other settings.",
 )
 @click.option(
     "--sla-weights",
     "--sla_weights",
     metavar="PATH_OR_REPO",
-    help="Trained projections. Default: the sample's calibrated ones, zero for others.",
+    help="Trained projections, shown beside untrained ones; the LoRA beside them in a folder is used too. "
+    "Default: the sample's, none for others.",
 )
 @request_options
 @device_options
@@ -41,10 +44,10 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
 )
 @needs_extra("demo", "matplotlib", "skimage")
 def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
-    """Generate the same image dense and with SLA, and show time, arithmetic and difference.
+    """Generate the same image dense, with SLA untrained and trained, and show time, arithmetic and difference.
 
-    Writes the images, a picture of them beside block maps, comparison.json and sla_attention.pt; then loads that into
-    a fresh pipeline and checks that it makes the same image.
+    Writes the images, a picture of them beside block maps, comparison.json and sla_attention.pt (with the LoRA, if
+    there is one); then loads that into a fresh pipeline and checks that it makes the last image again.
 
     \b
     Examples:
@@ -62,12 +65,14 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
             raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
         wanted = _sample_defaults(wanted)
         sla_weights = sla_weights or SAMPLE.with_name("sample_state")
-        sla_config = sla_config or {"dense_steps": [0, 1]}  # where the layout of the image is decided
     base = SLAConfig.parse(sla_config).to_dict()
-    variants = [
-        Variant(name=f"SLA, topk {value:g}", config=SLAConfig.parse(base | {"topk": value}), state=sla_weights)
-        for value in topk
-    ]
+    lora = lora_beside(sla_weights)
+    variants = []
+    for value in topk:
+        config = SLAConfig.parse(base | {"topk": value})
+        variants.append(Variant(name=f"SLA untrained, topk {value:g}", config=config))
+        if sla_weights is not None:
+            variants.append(Variant(name=f"SLA trained, topk {value:g}", config=config, state=sla_weights, lora=lora))
     request = Request(**wanted)
     pipe = load_pipeline(model, device, dtype_of(dtype))
     request.arguments(pipe)
@@ -80,23 +85,25 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
             bar.update()
 
         comparison = compare(pipe, request, variants, on_progress=advance)
-        variants[0].install(pipe)
-        save_sla_weights(pipe, out)
+        with variants[-1].installed(pipe):
+            save_sla_weights(pipe, out)
         fresh = load_pipeline(model, device, dtype_of(dtype))
         fresh.set_progress_bar_config(disable=True)
         load_sla_weights(fresh, out / PT_NAME)
+        if lora is not None:
+            add_lora(fresh, shutil.copy(lora, out))
         inside = look_inside(
             fresh, request, step=(steps + 1) // 2, on_step=lambda done, total: advance(f"from {PT_NAME}", done, total)
         )
-    saved = comparison.results[1]
+    saved = comparison.results[-1]
     same = saved.frames == inside.frames
 
     title = f"{type(pipe).__name__}, seed {request.seed}, {steps} steps, {comparison.dtype} on {comparison.device}"
-    trained = "zero" if sla_weights is None else f"from {os.path.relpath(sla_weights)}"
-    click.echo(f"\n{title}\nprojections: {trained}\n\n{comparison}\n")
+    trained = "none" if sla_weights is None else os.path.relpath(sla_weights) + (", with its LoRA" if lora else "")
+    click.echo(f"\n{title}\ntrained: {trained}\n\n{comparison}\n")
     suffix = ".png" if len(saved.frames) == 1 else ".gif"
     for result in comparison.results:
-        save_frames(result.frames, out / f"{result.name.lower().replace(', topk ', '-')}{suffix}")
+        save_frames(result.frames, out / f"{result.name.lower().replace(', topk ', '-').replace(' ', '-')}{suffix}")
     picture = out / "comparison.png"
     comparison_picture(comparison, _few_views(list(inside.layers.values())), title).save(picture)
     (out / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")

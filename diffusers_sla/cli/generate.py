@@ -8,6 +8,7 @@ import click
 from ..apply import apply_sla, sla_layers
 from ..config import SLAConfig
 from ..generation import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request, check_suffix, generate, load_pipeline, save_frames
+from ..lora import add_lora, lora_beside
 from ..weights import load_sla_weights
 from .options import check_unread, device_options, dtype_of, progress, quieten_diffusers, request_options
 
@@ -23,7 +24,8 @@ from .options import check_unread, device_options, dtype_of, progress, quieten_d
 )
 @click.option(
     "--sla-weights", "--sla_weights", metavar="PATH_OR_REPO",
-    help="A sla_attention file, or what holds one. Without it the projections are zero.",
+    help="A sla_attention file, or what holds one; the LoRA beside it in a folder is used too. Without it the "
+    "projections are zero.",
 )  # fmt: skip
 @request_options
 @device_options
@@ -55,6 +57,9 @@ def command(model, attention_mechanism, sla_config, sla_weights, device, dtype, 
             apply_sla(pipe, config)
         else:
             load_sla_weights(pipe, sla_weights, config=config, override=config is not None)
+            lora = lora_beside(sla_weights)
+            if lora is not None:
+                add_lora(pipe, lora)
     with progress(pipe, request.num_steps(pipe), attention_mechanism) as bar:
         result = generate(pipe, request, on_step=lambda done, total: bar.update())
     print(save_frames(result.frames, out, fps))

@@ -11,9 +11,9 @@ from torch import nn
 
 from ..apply import sla_layers, sla_parameters
 from ..errors import SLAConfigError
+from ..lora import LORA_NAME
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 class Trained:

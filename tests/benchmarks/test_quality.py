@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines import tiny_dit
+from pipelines import tiny_dit, write_lora
 
-from diffusers_sla import load_sla_weights, sla_parameters
+from diffusers_sla import apply_sla, load_sla_weights, save_sla_weights, sla_parameters
 
 QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
 
@@ -108,6 +108,27 @@ def test_ssim_is_that_of_scikit_image(quality):
     assert quality[0].ssim(a, b) == pytest.approx(np.mean(expected), abs=0.01)  # it pads, ours does not
     assert quality[0].ssim(a, a) == pytest.approx(1)
     assert quality[0].psnr(a, b) == pytest.approx(20, abs=1)
+
+
+def test_states_are_measured_with_their_lora(quality, command, tmp_path, monkeypatch, capsys):
+    import states
+
+    for name in ("zero", "lora"):
+        save_sla_weights(apply_sla(tiny_dit(), {"topk": 0.1}), tmp_path / name)
+    write_lora(tiny_dit(), tmp_path / "lora")
+    arguments = [
+        "states.py", "--photos", tmp_path / "photos.npz", "--pipeline", tmp_path / "pipeline", "--held-out", 2,
+        "--images", 2, "--image-steps", 2, tmp_path / "lora", tmp_path / "zero",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    states.main()
+    dense, untrained, lora, zero = map(json.loads, capsys.readouterr().out.splitlines())
+    assert dense.keys() == {"state", "loss"}
+    names = ("loss", "attention_error", "psnr", "ssim")
+    assert [untrained[name] for name in names] == [zero[name] for name in names]
+    assert [x["lora"] for x in (untrained, zero, lora)] == [False, False, True]
+    assert lora["loss"] != zero["loss"] != dense["loss"]
+    assert lora["psnr"] < zero["psnr"] < 90  # a random one
 
 
 def test_per_head_fits_are_no_worse_than_the_shared_one(quality, tmp_path, monkeypatch, capsys):

@@ -4,11 +4,13 @@ from pathlib import Path
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from pipelines import tiny_dit
+from pipelines import tiny_dit, write_lora
 
 import diffusers_sla.cli.demo
 from diffusers_sla import load_sla_weights, save_sla_weights, sla_layers
 from diffusers_sla.cli import main
+from diffusers_sla.generation import Request, generate
+from diffusers_sla.lora import LORA_NAME, add_lora
 from diffusers_sla.weights import apply_sla
 
 
@@ -24,23 +26,33 @@ def test_it_shows_saves_and_checks(tmp_path):
         for layer in sla_layers(pipe).values():
             layer.state.proj_l_weight.normal_()
     save_sla_weights(pipe, trained)
+    write_lora(pipe, trained)
     result = run(
         "--model", str(model), "--out", str(out), "--class-label", "cat", "--steps", "2", "--topk", "0.25", "--topk",
         "0.1", "--sla-config", '{"blkq": 16, "blkk": 16}', "--sla-weights", str(trained),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "the image is identical" in result.stdout
-    for word in ("s in attention", "blocks exact", "FLOPs saved", "PSNR", "SSIM", "SLA, topk 0.25", "SLA, topk 0.1"):
+    for word in ("s in attention", "blocks exact", "FLOPs saved", "PSNR", "SSIM", "trained, with its LoRA"):
         assert word in result.stdout
     assert Image.open(out / "comparison.png").width > 500
     again = load_sla_weights(tiny_dit(), out / "sla_attention.pt")
     first = next(iter(sla_layers(again).values()))
-    assert first.config.to_dict() == {**first.config.to_dict(), "topk": 0.25, "blkq": 16, "blkk": 16}
+    assert first.config.to_dict() == {**first.config.to_dict(), "topk": 0.1, "blkq": 16, "blkk": 16}
     assert torch.equal(first.state.proj_l_weight, next(iter(sla_layers(pipe).values())).state.proj_l_weight)
+    assert (out / LORA_NAME).read_bytes() == (trained / LORA_NAME).read_bytes()
     values = json.loads((out / "comparison.json").read_text())
-    assert [r["name"] for r in values["results"]] == ["dense", "SLA, topk 0.25", "SLA, topk 0.1"]
-    assert [r["exact_share"] for r in values["results"]] == [1.0, 0.25, 6 / 64]
-    assert {path.name for path in out.glob("*.png")} == {"comparison.png", "dense.png", "sla-0.25.png", "sla-0.1.png"}
+    names = [f"SLA {which}, topk {topk}" for topk in (0.25, 0.1) for which in ("untrained", "trained")]
+    assert [r["name"] for r in values["results"]] == ["dense", *names]
+    assert [r["exact_share"] for r in values["results"]] == [1.0, 0.25, 0.25, 6 / 64, 6 / 64]
+    assert len({r["psnr"] for r in values["results"]}) == 5
+    files = {f"sla-{which}-{topk}.png" for topk in (0.25, 0.1) for which in ("untrained", "trained")}
+    assert {path.name for path in out.glob("*.png")} == {"comparison.png", "dense.png", *files}
+    # what is trained comes back into a pipeline by two lines
+    add_lora(again, out)
+    request = Request(class_label="cat", steps=2, guidance_scale=None)
+    assert generate(again, request).frames[0] == Image.open(out / "sla-trained-0.1.png").copy()
+    assert generate(tiny_dit(), request).frames[0] == Image.open(out / "dense.png").copy()
 
 
 def test_another_image_is_an_error(tmp_path, monkeypatch):
@@ -59,7 +71,7 @@ def test_another_image_is_an_error(tmp_path, monkeypatch):
     )
     assert result.exit_code == 1
     assert "DIFFERENT" in result.stdout
-    assert "is not the one of 'SLA, topk 0.1'" in result.stderr
+    assert "is not the one of 'SLA untrained, topk 0.05'" in result.stderr
 
 
 def test_without_the_sample_a_model_is_asked_for(monkeypatch):

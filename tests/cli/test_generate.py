@@ -4,11 +4,12 @@ import sys
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from pipelines import tiny_dit
+from pipelines import tiny_dit, write_lora
 
 from diffusers_sla import SLAConfig, apply_sla, save_sla_weights
 from diffusers_sla.cli import main
 from diffusers_sla.generation import Request, generate
+from diffusers_sla.lora import add_lora
 
 FEW = ["--steps", "2", "--guidance-scale", "1", "--seed", "3", "--class-label", "dog"]
 
@@ -52,6 +53,17 @@ def test_weights_bring_their_settings(model, tmp_path):
     result = run("--model", model, *FEW, "--out", str(tmp_path / "x.png"), "--sla_weights", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert Image.open(tmp_path / "x.png").copy() == expected(config)
+
+
+def test_the_lora_beside_the_weights_is_used(model, tmp_path):
+    pipe = apply_sla(tiny_dit(), SLAConfig(topk=0.05))
+    save_sla_weights(pipe, tmp_path)
+    write_lora(pipe, tmp_path)
+    result = run("--model", model, *FEW, "--out", str(tmp_path / "x.png"), "--sla_weights", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    add_lora(pipe, tmp_path)
+    request = Request(class_label="dog", steps=2, seed=3, guidance_scale=1.0)
+    assert Image.open(tmp_path / "x.png").copy() == generate(pipe, request).frames[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Serve the Space with tiny random pipelines: `serve_tiny.py FOLDER sample=PORT wan=PORT sdxl=PORT`, or some of them.
 
-FOLDER gets the pipelines and a trained state of each. tests/ and space_app/ must be on the path.
+FOLDER gets the pipelines and a trained state of each, with a LoRA. tests/ and space_app/ must be on the path.
 """
 
 import json
@@ -14,7 +14,7 @@ import app
 import serving
 import speed_tab
 import torch
-from pipelines import make_pipeline, tiny_dit
+from pipelines import make_pipeline, tiny_dit, write_lora
 
 from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights, sla_parameters
 
@@ -47,6 +47,7 @@ def put_in_place(name, folder):
         for parameter in sla_parameters(pipe):
             parameter.normal_()
     save_sla_weights(pipe, folder / "state")
+    write_lora(pipe, folder / "state")
     serving.MODELS[name] = replace(
         serving.MODELS[name], title="a tiny pipeline", source=str(folder / "model"), state=str(folder / "state"),
         steps=4, **facts,

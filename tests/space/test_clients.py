@@ -19,6 +19,7 @@ from serve_tiny import TINY
 from diffusers_sla import SLAConfig, apply_sla, benchmark, save_sla_weights
 from diffusers_sla.compare import Variant, compare
 from diffusers_sla.generation import Request, generate
+from diffusers_sla.inside import look_inside
 
 DEFAULTS = {"subject": "cat", "topk": 0.25, "seed": 3, "steps": 2, "guidance": 1.0, "dense_steps": 0}
 
@@ -44,13 +45,37 @@ def test_compare_gives_both_images_and_the_numbers(client):
         assert word in page
 
 
-def test_inside_and_measure_answer(client):
+def test_what_is_trained_has_its_lora_and_dense_has_not(client, space):
+    for _ in range(2):  # the second dense run comes after a trained one
+        pictures, _, numbers, _ = client.predict(**DEFAULTS, with_untrained=True, api_name="/compare")
+        request = Request(class_label="cat", seed=3, steps=2, guidance_scale=1.0)
+        dense = generate(tiny_dit(), request).frames[0]
+        left = Image.open(pictures["value"][0] if isinstance(pictures, dict) else pictures[0])
+        assert np.array_equal(np.asarray(left.convert("RGB")), np.asarray(dense))
+        config, state = SLAConfig(topk=0.25), space.folder / "sample" / "state"
+        variants = [
+            Variant(name="trained", config=config, state=state, lora=state),
+            Variant(name="untrained", config=config),
+            Variant(name="without the LoRA", config=config, state=state),
+        ]
+        _, *expected, without = (r.psnr for r in compare(tiny_dit(), request, variants, warm_up=False).results)
+        assert [r["psnr"] for r in numbers["results"][1:]] == pytest.approx(expected, abs=0.05)
+        assert abs(expected[0] - without) > 0.1
+
+
+def test_inside_and_measure_answer(client, space):
     status, picture, block_map, *_, words, bars = client.predict(**DEFAULTS, step=2, api_name="/inside")[:7]
     assert status == ""
     assert Image.open(picture).size == (512, 512)
     assert Image.open(block_map).size == (512, 512)
     assert "attends exactly to **4 of 16** key blocks" in words
     assert bars.count("<tr>") == 2
+    pipe, state = tiny_dit(), space.folder / "sample" / "state"
+    request = Request(class_label="cat", seed=3, steps=2, guidance_scale=1.0)
+    with Variant(name="SLA", config=SLAConfig(topk=0.25), state=state, lora=state).installed(pipe):
+        expected = look_inside(pipe, request, step=2).errors.values()
+    shown = [float(value) for value in re.findall(r"<td>([\d.]+)%</td>", bars)]
+    assert shown == pytest.approx([100 * error for error in expected], abs=0.11)
     here = benchmark.machine(torch.device("cpu"))["cpu"]
     table = client.predict(here, "forward", api_name="/speed")[2]
     assert sorted({row[0] for row in table["data"]}) == [256, 512, 1024]

@@ -21,6 +21,7 @@ from diffusers_sla import (
     sla_parameters,
 )
 from diffusers_sla.cli import main
+from diffusers_sla.lora import add_lora
 from diffusers_sla.state import read_state
 from diffusers_sla.training import checkpoint, prepare
 from diffusers_sla.training import finetune as loop
@@ -28,6 +29,7 @@ from diffusers_sla.training.finetune import finetune
 from diffusers_sla.training.settings import FinetuneSettings
 
 CONFIG = SLAConfig(topk=0.25, blkq=16, blkk=16)
+TARGETS = FinetuneSettings.__dataclass_fields__["lora_target_modules"].default
 
 
 @pytest.fixture
@@ -60,6 +62,7 @@ def tensors(folder):
     ("name", "train", "values"),
     [
         ("dit", "full", {"train_batch_size": 2, "gradient_accumulation_steps": 2, "proportion_empty_prompts": 0.5}),
+        ("dit", "lora", {"objective": "distill", "train_batch_size": 2}),
         ("sd", "lora", {"train_batch_size": 2}),
         ("flux", "lora", {"train_batch_size": 2, "gradient_checkpointing": True}),
         ("flux", "projection", {"objective": "distill"}),
@@ -81,10 +84,21 @@ def test_what_it_writes_is_what_anyone_can_load(settings, name, train, values):
         stored = load_file(out / component / "diffusion_pytorch_model.safetensors")
         assert stored.keys() == before.keys()  # nothing of SLA's among them
     elif train == "lora":
-        pipe.load_lora_weights(out)
-        lora = {key: tensor for key, tensor in getattr(pipe, component).state_dict().items() if "lora_B" in key}
-        assert lora
-        assert all(tensor.any() for tensor in lora.values())
+        add_lora(pipe, out)
+        after = getattr(pipe, component).state_dict()
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert changed
+        assert all(key.endswith(tuple(f"{target}.weight" for target in TARGETS)) for key in changed)
+        if name != "dit":  # its pipeline has no load_lora_weights
+            other = DiffusionPipeline.from_pretrained(settings(name).model)
+            other.load_lora_weights(out)
+            other.fuse_lora()
+            fused = {
+                key.replace(".base_layer", ""): tensor
+                for key, tensor in getattr(other, component).state_dict().items()
+            }
+            for key in before:
+                torch.testing.assert_close(after[key], fused[key])
     load_sla_weights(pipe, out)
     layers = sla_layers(pipe)
     assert all(layer.config == CONFIG for layer in layers.values())
