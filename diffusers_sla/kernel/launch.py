@@ -48,7 +48,7 @@ REST = 2048  # for what is not a tile of q, k, v or dO
 class Launch:
     """num_warps, num_stages: as in Triton; registers: at most so many a thread, None as the compiler likes. block_m,
     block_n: rows and columns of a tile of scores. block_r, block_c: tile of a [D, D] matrix. rows: rows per program or
-    step. programs: about how many programs share the work."""
+    step. programs: about how many programs share the work. fusion: whether a product and a sum may round once."""
 
     num_warps: int = 4
     num_stages: int = 2
@@ -59,12 +59,14 @@ class Launch:
     rows: int = 64
     programs: int = 264
     registers: Optional[int] = None
+    fusion: bool = True
 
     @property
     def options(self):
         """What Triton takes."""
         limit = {} if self.registers is None or torch.version.hip else {"maxnreg": self.registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+        fusion = {} if self.fusion else {"enable_fp_fusion": False}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit | fusion
 
 
 @functools.lru_cache(maxsize=None)
@@ -156,6 +158,12 @@ def _all_registers(x):
     return 255 if x.element_size() == 4 else None
 
 
+def _fusion(x):
+    """Where a thread holds one number of a row, each lane fuses its own product into the sum over the row: their last
+    bits differ, and which one counts is a race (triton-lang/triton#7264)."""
+    return block_d(x.shape[-1]) > 32
+
+
 def _registers(x):
     """With tiles of 64 rows of 128 bytes a limit lets four programs share a multiprocessor, where it multiplies from
     shared memory."""
@@ -170,7 +178,8 @@ def prepare_config(q):
     small = shared_memory(q.device) <= SMALL_SHARED
     return Launch(
         num_warps=8 if wide else 4, num_stages=1 if wide else 2 if small else 3,
-        block_c=64 if wide else 128, rows=64 if wide else 128,
+        block_n=32 if _row_bytes(q) > 512 else 128, block_c=64 if wide else 128, rows=64 if wide else 128,
+        registers=_all_registers(q),
     )  # fmt: skip
 
 
@@ -188,7 +197,15 @@ def forward_config(q, blkq, blkk):
     # Where tiles of float32 are multiplied, what the tensor cores read is in shared memory once more.
     copies = 2 if q.element_size() == 4 else 1
     stages = 1 if row > 512 else _stages(shared, copies * block_m * row, 2 * block_n * row, 3)
-    return Launch(8 if row > 256 else 4, stages, block_m, block_n, block_r=_block_r(q), registers=_registers(q))
+    return Launch(
+        8 if row > 256 else 4,
+        stages,
+        block_m,
+        block_n,
+        block_r=_block_r(q),
+        registers=_registers(q),
+        fusion=_fusion(q),
+    )
 
 
 @tunable
@@ -228,8 +245,8 @@ def linear_q_config(q, halves):
     small = halves == 2 or row > 256 or shared_memory(q.device) <= SMALL_SHARED
     return Launch(
         num_warps=8 if small or row > 128 else 4, num_stages=1 if small else 2,
-        block_r=_linear_block_r(q, halves, 64 if small else 128), rows=16 if row > 512 else 32 if q.element_size() == 4 else 64,
-        registers=_all_registers(q),
+        block_r=_linear_block_r(q, halves, 64 if small else 128),
+        rows=16 if row > 512 else 32 if q.element_size() == 4 else 64, registers=_all_registers(q), fusion=_fusion(q),
     )  # fmt: skip
 
 
@@ -241,4 +258,5 @@ def linear_k_config(k, halves):
     return Launch(
         num_warps=8 if wide else 4, num_stages=1 if wide or small else 3, block_r=_linear_block_r(k, halves, 128),
         rows=16 if row > 512 else 64 if wide else 32, programs=528, registers=_all_registers(k),
+        fusion=_fusion(k),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def _sum_keys(
     pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
     Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLKK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLKK: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LINEAR: tl.constexpr, POOL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,36 +56,37 @@ def _sum_keys(
     z = tl.zeros([16, BLOCK_D], tl.float32)  # rows 16 apart are one thread's
     first_block = chunk * blocks_per_chunk
     for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
-        rows = k_first + j * BLKK + tl.arange(0, BLKK)
-        valid = rows < k_end
-        if HAS_MASK:
-            valid = valid & (tl.load(mask_ptr + b * Lk + rows, mask=valid, other=0) != 0)
-        inside = valid[:, None] & (cols[None, :] < D)
-        offsets = rows.to(tl.int64)[:, None]
-        x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
-        y = x.to(tl.float32)
-        if POOL:
-            count = tl.minimum(k_end - (k_first + j * BLKK), BLKK)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        count = 0 if HAS_MASK else tl.minimum(k_end - (k_first + j * BLKK), BLKK)
+        for first in tl.static_range(0, BLKK, BLOCK_N):
+            rows = k_first + j * BLKK + first + tl.arange(0, BLOCK_N)
+            valid = rows < k_end
             if HAS_MASK:
-                count = tl.sum(valid.to(tl.int32), 0)
-            mean = tl.sum(y, 0) / tl.maximum(count, 1)
+                valid = valid & (tl.load(mask_ptr + b * Lk + rows, mask=valid, other=0) != 0)
+                count += tl.sum(valid.to(tl.int32), 0)
+            inside = valid[:, None] & (cols[None, :] < D)
+            offsets = rows.to(tl.int64)[:, None]
+            x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
+            y = x.to(tl.float32)
+            total += tl.sum(y, 0)
+            if HAS_LINEAR:
+                v = tl.load(
+                    v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
+                    mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
+                )  # fmt: skip
+                if PHI == "hedgehog":
+                    y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
+                top, inv = phi_stats(y, cols[None, :] < D, PHI)
+                f = phi_tile(y, top, inv, inside, PHI, 0)
+                if NUM_HALVES == 2:
+                    f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
+                acc = add_dot(tl.trans(v), f.to(v.dtype), acc, v.dtype == tl.float32, PRECISION)
+                z += tl.sum(tl.reshape(f, [BLOCK_N // 16, 16, BLOCK_D]), 0)
+        if POOL:
             at = bh * num_k_blocks + j
-            tl.store(k_mean_ptr + at * D + cols, mean, mask=(cols < D) & pools)
+            tl.store(k_mean_ptr + at * D + cols, total / tl.maximum(count, 1), mask=(cols < D) & pools)
             if HAS_MASK:
                 tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0), mask=pools)
-        if HAS_LINEAR:
-            v = tl.load(
-                v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
-                mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
-            )  # fmt: skip
-            if PHI == "hedgehog":
-                y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
-            top, inv = phi_stats(y, cols[None, :] < D, PHI)
-            f = phi_tile(y, top, inv, inside, PHI, 0)
-            if NUM_HALVES == 2:
-                f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
-            acc = add_dot(tl.trans(v), f.to(v.dtype), acc, v.dtype == tl.float32, PRECISION)
-            z += tl.sum(tl.reshape(f, [BLKK // 16, 16, BLOCK_D]), 0)
     if HAS_LINEAR:
         at = (bh * num_chunks + chunk) * NUM_HALVES + half
         ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
@@ -101,8 +102,8 @@ def _prepare_kernel(
     stride_fb, stride_fh, stride_fl,
     H, Hkv, Lk, q_first, q_end, k_first, k_end, num_q_blocks, num_q_groups, num_k_blocks,
     num_chunks, blocks_per_chunk, num_key_programs, norm,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLKQ: tl.constexpr, BLKK: tl.constexpr,
-    GROUP: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLKQ: tl.constexpr,
+    BLKK: tl.constexpr, GROUP: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_LINEAR: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The first num_key_programs programs take one chunk of key blocks each (the longer work), the others pool q.
@@ -118,7 +119,7 @@ def _prepare_kernel(
             pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
             Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
-            D, BLOCK_D, BLOCK_C, BLKK, PHI, NUM_HALVES, HAS_MASK, HAS_LINEAR, POOL, PRECISION,
+            D, BLOCK_D, BLOCK_C, BLOCK_N, BLKK, PHI, NUM_HALVES, HAS_MASK, HAS_LINEAR, POOL, PRECISION,
         )  # fmt: skip
     else:
         if POOL:
@@ -344,10 +345,9 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fk.stride()[:3],
         H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_q_groups, num_k_blocks,
         num_chunks, blocks_per_chunk, num_key_programs, norm,
-        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLKQ=blkq, BLKK=blkk, GROUP=group,
-        PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None,
-        HAS_LINEAR=linear != "none", POOL=pool, PRECISION=PRECISION,
-        **config.options,
+        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLOCK_N=min(blkk, config.block_n), BLKQ=blkq, BLKK=blkk, GROUP=group,
+        PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None, HAS_LINEAR=linear != "none", POOL=pool,
+        PRECISION=PRECISION, **config.options,
     )  # fmt: skip
     return q_mean, k_mean, k_bias, sums, z
 
