@@ -5,9 +5,12 @@ The entries stand in `kernel/launch.py`'s table, which `save_table` writes. Noth
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ WORTHWHILE = 0.99  # a change must save more than a hundredth: below that it is 
 @dataclass(frozen=True)
 class Found:
     """One kernel's result. before, after: milliseconds of the pass it is part of, with the tiles there were and with
-    `launch`; tried: how many tile shapes ran."""
+    `launch`; tried: how many tile shapes ran; crashed: those that the compiler made read where there is nothing."""
 
     key: str
     what: str
@@ -31,6 +34,7 @@ class Found:
     before: float
     after: float
     tried: int
+    crashed: tuple[Launch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def tune(
             times = benchmark.milliseconds(itertools.repeat(call), device, repeats)
         return sorted(times)[len(times) // 2], results
 
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with Workers(jobs, _compiles) as workers:
         for what, chosen, sizes in _kernels(calls.blkq, calls.blkk):
             key = launch.table_key(chosen, q, *sizes)
             default = chosen(q, *sizes)
@@ -101,13 +105,13 @@ def tune(
             best, fastest, tried = default, before, 0
             trials = list(_trials(chosen.__name__, default, q, *sizes))
             kept = table.get(key)
-            compiled: Iterable[bool] = itertools.repeat(True)
+            outcomes = ["fits"] * len(trials)
             if device.type == "cuda":  # the interpreter compiles nothing
-                compiled = pool.map(_compiles, [(device, calls, what, dict(table) | {key: t}) for t in trials])
-            for i, (trial, fits) in enumerate(zip(trials, list(itertools.islice(compiled, len(trials))), strict=True)):
+                outcomes = workers.map([(device, calls, what, dict(table) | {key: t}) for t in trials])
+            for i, (trial, outcome) in enumerate(zip(trials, outcomes, strict=True)):
                 if on_trial:
                     on_trial(key, i + 1, len(trials))
-                if not fits:
+                if outcome != "fits":
                     continue
                 table[key] = trial
                 median, results = timed(what)
@@ -120,12 +124,52 @@ def tune(
                 table.pop(key, None)
             else:
                 table[key] = kept
-            yield Found(key, what, best, before, fastest, tried)
+            crashed = tuple(t for t, outcome in zip(trials, outcomes, strict=True) if outcome == "crashed")
+            yield Found(key, what, best, before, fastest, tried, crashed)
 
 
-def _compiles(work) -> bool:
-    """In a process of its own: run the pass once with a table, so that its kernels are in Triton's cache; whether they
-    fit this GPU."""
+class Workers:
+    """Processes that each do one piece of work at a time. One that the work leaves broken, as an illegal address does
+    with all that a process has on a GPU, is replaced."""
+
+    def __init__(self, jobs: int, do: Callable[[Any], str]):
+        self.do, self.threads = do, ThreadPoolExecutor(jobs)
+        self.idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+        for _ in range(jobs):
+            self.idle.put(self._start())
+
+    @staticmethod
+    def _start() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"))
+
+    def map(self, works: Iterable[Any]) -> list[str]:
+        """What `do` gives for each; "crashed" where the process did not live to say so."""
+        return list(self.threads.map(self._one, works))
+
+    def _one(self, work: Any) -> str:
+        process = self.idle.get()
+        try:
+            outcome = process.submit(self.do, work).result()
+        except BrokenProcessPool:
+            outcome = "crashed"
+        if outcome == "crashed":
+            process.shutdown(wait=False)
+            process = self._start()
+        self.idle.put(process)
+        return outcome
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.threads.shutdown()
+        while not self.idle.empty():
+            self.idle.get().shutdown()
+
+
+def _compiles(work) -> str:
+    """In a process of its own: run the pass once with a table, so that its kernels are in Triton's cache. "fits", "too
+    large" for this GPU, or "crashed"."""
     device, calls, what, table = work
     own = launch.table(torch.device(device.type, torch.cuda.current_device()))
     own.clear()
@@ -135,10 +179,12 @@ def _compiles(work) -> bool:
             calls.make(device)[1](what)
         torch.cuda.synchronize()
     except Exception as error:
-        if type(error).__name__ not in ("OutOfResources", "CompilationError", "PTXASError"):
-            raise
-        return False
-    return True
+        if type(error).__name__ in ("OutOfResources", "CompilationError", "PTXASError"):
+            return "too large"
+        if "CUDA error" in str(error):
+            return "crashed"
+        raise
+    return "fits"
 
 
 def _kernels(blkq, blkk):
@@ -155,7 +201,8 @@ def _kernels(blkq, blkk):
 
 def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
     """Tiles worth a try, the default left out. Those of scores must divide blocks, or be several of them."""
-    pipelines = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)]
+    shapes: list[dict[str, Any]]
+    pipelines: list[dict[str, Any]] = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)]
     if name == "prepare_config":
         shapes = [{"rows": rows} for rows in (128, 256, 512)]
     elif name == "linear_q_config":

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -48,6 +49,23 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     names = ["prepare 16x4", "forward 16x4 32x32", "linear_q 16x4 1", "linear_k 16x4 1", "dq 16x4 32x32", "dkdv 16x4 32x32"]  # fmt: skip  # noqa: E501
     assert [f.key for f in found] == names
     assert [f.tried for f in found] == [0, 1, 0, 0, 0, 1]
+
+
+def outcome_of(work):
+    """Leaves its process as an illegal address does (1), or kills it (2)."""
+    global broken
+    if work == 2:
+        os._exit(1)
+    if globals().get("broken"):
+        return "broken before"
+    broken = work == 1
+    return "crashed" if broken else "fits"
+
+
+def test_a_trial_that_breaks_its_process_spoils_no_other():
+    with tuning.Workers(2, outcome_of) as workers:
+        assert workers.map([0, 1, 0, 2, 0, 0, 1]) == ["fits", "crashed", "fits", "crashed", "fits", "fits", "crashed"]
+        assert workers.map([0, 0]) == ["fits", "fits"]
 
 
 @pytest.mark.parametrize("name", ["forward_config", "dq_config", "dkdv_config"])

@@ -56,6 +56,8 @@ def command(head_dims, blocks, dtype, heads, length, topk, jobs):
                     f"{result.key.ljust(24)} {result.what.ljust(8)} {result.before:8.3f} -> {result.after:8.3f} ms, "
                     f"{result.tried} tried: {result.launch}"
                 )
+                for tiles in result.crashed:
+                    click.echo(f"{result.key.ljust(24)} left out, it crashed: {tiles}")
                 launch.save_table(torch.device("cuda", torch.cuda.current_device()))
     click.echo(f"written: {launch.table_path()}", err=True)
 
