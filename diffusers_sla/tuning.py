@@ -206,9 +206,8 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
     if name == "prepare_config":
         shapes = [{"rows": rows} for rows in (128, 256, 512)]
     elif name == "linear_q_config":
-        shapes = [
-            {"rows": rows, "block_r": r} for rows in (32, 64, 128) for r in (32, 64, launch.block_d(q.shape[-1]))
-        ]
+        # Not narrower tiles of M with more stages: on Hopper, Triton 3.6 makes some of them read out of bounds.
+        shapes = [{"rows": rows} for rows in (32, 64, 128)]
     elif name == "linear_k_config":
         shapes = [{"rows": rows, "programs": programs} for rows in (32, 64) for programs in (264, 528, 1056)]
     else:

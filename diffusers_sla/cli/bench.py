@@ -93,17 +93,25 @@ def _plot(records, path):
     figure = Figure(figsize=(5.5 * len(axes_of), 4), layout="constrained")
     for place, (key, label) in enumerate(axes_of):
         axes = figure.add_subplot(1, len(axes_of), place + 1)
-        curves: dict[str, list[tuple[float, float]]] = {}
+        curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for record in records:
             case, config = record.case, record.case["config"]
             fixed = f"topk {config['topk']:g}" if key == "L" else f"L {case['L']}"
+            name = f"{fixed}, {case['H']} x {case['D']}, {config['blkq']}x{config['blkk']}"
             for row in record.rows:
                 if row.name == "sla":
-                    name = f"{row.what}, {case['H']} x {case['D']}, {config['blkq']}x{config['blkk']}, {fixed}"
-                    curves.setdefault(name, []).append((case["L"] if key == "L" else config["topk"], row.ratio))
-        for name, points in curves.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+                    point = (case["L"] if key == "L" else config["topk"], row.ratio)
+                    curves.setdefault((name, row.what), []).append(point)
+        colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
+        for (name, what), points in curves.items():
+            line = "-" if what == "forward" else "--"
+            axes.plot(*zip(*sorted(points), strict=True), line, color=colors[name], marker="o", label=f"{what}, {name}")
         axes.axhline(1, color="gray", linewidth=0.8)
-        axes.set(xlabel=label, ylabel="times faster than the best dense attention", xscale="log" if key == "L" else "linear")  # fmt: skip  # noqa: E501
+        axes.set(xlabel=label, ylabel="times faster than the best dense attention", ylim=(0, None))
+        if key == "L":
+            axes.set_xscale("log", base=2)
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=150)
