@@ -105,7 +105,9 @@ def _plot(records, path):
         colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
         for (name, what), points in curves.items():
             line = "-" if what == "forward" else "--"
-            axes.plot(*zip(*sorted(points), strict=True), line, color=colors[name], marker="o", label=f"{what}, {name}")
+            axes.plot(
+                *zip(*sorted(points), strict=True), line, color=colors[name], marker="o", label=f"{what}, {name}"
+            )
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set(xlabel=label, ylabel="times faster than the best dense attention", ylim=(0, None))
         if key == "L":
