@@ -57,7 +57,7 @@ def test_trained_is_nearer_to_dense_on_held_out_pixels_and_leaves_no_trace():
         loss[name] = F.mse_loss(shown, (noise - latents).expand_as(dense))
     assert error["trained"] < 0.75 * error["untrained"]
     assert error["trained"] < error["projections"]  # the LoRA counts
-    assert loss["dense"] < loss["trained"] < loss["untrained"]
+    assert loss["trained"] - loss["dense"] < 0.25 * (loss["untrained"] - loss["dense"])
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
