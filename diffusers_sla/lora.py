@@ -29,6 +29,9 @@ def lora_beside(source: Any) -> Path | None:
 def add_lora(model_or_pipe: Any, source: str | os.PathLike) -> Callable[[], None]:
     """Add a LoRA to the weights, `W + B A`; returns what puts the same weights back, bit for bit. All or nothing.
 
+    Of several, the last one is taken out first, with the model where it was and in the dtype it had: taking out raises
+    SLAStateMismatchError after a move.
+
     Args:
         model_or_pipe: A diffusers model or pipeline, with SLA or without. Its denoisers' linear layers must hold their
             weights themselves: not offloaded one layer at a time, and not wrapped by peft.
@@ -61,16 +64,31 @@ def add_lora(model_or_pipe: Any, source: str | os.PathLike) -> Callable[[], None
                     f"{path}: {layer} has lora_A {shapes[0]} and lora_B {shapes[1]}, the layer {outputs} outputs of "
                     f"{inputs} inputs"
                 )
+            if 0 in shapes[0] or not all(x.is_floating_point() and x.isfinite().all() for x in (down, up)):
+                raise SLAStateFormatError(
+                    f"{path}: lora_A or lora_B of {layer} is empty, not floating point, or not finite"
+                )
             update = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
             changed.append((weight, (weight.float() + update).to(weight.dtype)))
+        if not changed:
+            raise SLAStateFormatError(f"{path} holds no LoRA: it has no tensors")
     before = [(weight, weight.data) for weight, _ in changed]
 
     def put(values):
         for weight, data in values:
             weight.data = data
 
+    def take_out():
+        for weight, data in before:
+            if (weight.device, weight.dtype) != (data.device, data.dtype):
+                raise SLAStateMismatchError(
+                    f"the weights were {data.dtype} on {data.device} when the LoRA was added, and are {weight.dtype} "
+                    f"on {weight.device}: move them back before it is taken out"
+                )
+        put(before)
+
     put(changed)
-    return lambda: put(before)
+    return take_out
 
 
 def _weight(models, layer, path) -> torch.Tensor:

@@ -43,6 +43,19 @@ def test_half_precision_weights_stay_so_and_the_sum_is_rounded_once(tmp_path):
     assert torch.equal(weight.data, (before.float() + update).bfloat16())
 
 
+def test_it_is_taken_out_where_it_was_put_in(tmp_path):
+    pipe = tiny_dit()
+    write_lora(pipe, tmp_path)
+    before = pipe.transformer.get_parameter(LAYER.partition(".")[2] + ".weight").clone()
+    remove = add_lora(pipe, tmp_path)
+    pipe.transformer.to(torch.float64)
+    with pytest.raises(SLAStateMismatchError, match=r"were torch\.float32 on cpu when .* and are torch\.float64"):
+        remove()
+    pipe.transformer.to(torch.float32)
+    remove()
+    assert torch.equal(pipe.transformer.get_parameter(LAYER.partition(".")[2] + ".weight"), before)
+
+
 def changed(**changes):
     """What takes the place of the file's tensors: None takes one out."""
 
@@ -63,6 +76,10 @@ def changed(**changes):
         (changed(lora_A=torch.ones(3, 9)), SLAStateMismatchError, r"has lora_A \[3, 9\] and lora_B \[16, 3\]"),
         (changed(lora_A=torch.ones(2, 16)), SLAStateMismatchError, r"16 outputs of 16 inputs"),
         (changed(lora_A=torch.tensor(1.0)), SLAStateMismatchError, r"has lora_A \[\]"),
+        (changed(lora_A=torch.full((3, 16), torch.nan)), SLAStateFormatError, "not finite"),
+        (changed(lora_A=torch.ones(3, 16, dtype=torch.int32)), SLAStateFormatError, "not floating point"),
+        (changed(lora_A=torch.ones(0, 16), lora_B=torch.ones(16, 0)), SLAStateFormatError, "is empty"),
+        (lambda tensors: {}, SLAStateFormatError, "holds no LoRA"),
         (
             lambda tensors: {key.replace("blocks.1", "blocks.7"): value for key, value in tensors.items()},
             SLAStateMismatchError, r"has transformer\.transformer_blocks\.7\.attn1\.to_q, which the model has not",

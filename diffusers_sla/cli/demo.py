@@ -10,7 +10,7 @@ import click
 from ..config import SLAConfig
 from ..errors import SLAError
 from ..generation import Request, load_pipeline, save_frames
-from ..lora import add_lora, lora_beside
+from ..lora import LORA_NAME, add_lora, lora_beside
 from ..state import PT_NAME
 from ..weights import load_sla_weights, save_sla_weights
 from .options import device_options, dtype_of, needs_extra, progress, quieten_diffusers, request_options
@@ -92,6 +92,8 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
         load_sla_weights(fresh, out / PT_NAME)
         if lora is not None:
             add_lora(fresh, shutil.copy(lora, out))
+        else:  # an earlier run's does not belong to this state
+            (out / LORA_NAME).unlink(missing_ok=True)
         inside = look_inside(
             fresh, request, step=(steps + 1) // 2, on_step=lambda done, total: advance(f"from {PT_NAME}", done, total)
         )

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..apply import sla_disabled, sla_layers, sla_step
-from ..errors import SLATrainingError, SLAUnsupportedError
+from ..errors import SLADataError, SLATrainingError, SLAUnsupportedError
 from ..generation import generate
 from ..weights import save_sla_weights
 from . import prepare
@@ -59,12 +59,18 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     Runs in one process, or in each of those that `accelerate launch` starts (DDP).
 
     Raises:
-        SLADataError: The data is missing or wrong; before any model is loaded where that can be seen.
+        SLADataError: The data is missing or wrong; before any model is loaded where that can be seen. So is an
+            output_dir with another run in it, unless that is resumed.
         SLAUnsupportedError: SLA cannot serve this model, or the pipeline cannot be trained this way.
         SLATrainingError: The loss or the gradient became NaN or infinite: names the step and the last checkpoint.
     """
     examples = [] if settings.data is None else scan_folder(settings.data, settings.caption_column)
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    out = settings.output_dir
+    if settings.resume is None and ((out / RECORD).is_file() or any(out.glob("checkpoint-*"))):
+        raise SLADataError(
+            f"output_dir {out} holds another run: go on with it by --resume, or give this one a new folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=settings.cpu, mixed_precision=settings.mixed_precision, project_dir=settings.output_dir / "logs",
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

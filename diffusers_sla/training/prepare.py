@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from ..apply import apply_sla, denoisers
 from ..errors import SLADataError, SLAUnsupportedError
 from ..generation import Request
+from ..lora import lora_beside
 from ..weights import load_sla_weights
 from .batches import Batch, DataBatches, RolloutBatches, Teacher
 from .conditions import Conditions
@@ -54,6 +55,11 @@ def install(pipe: Any, settings: FinetuneSettings) -> None:
     if settings.sla_weights is not None:
         given = settings.sla_config
         load_sla_weights(pipe, settings.sla_weights, config=given, override=given is not None, strict=True)
+        lora = lora_beside(settings.sla_weights)
+        if lora is not None:
+            logger.warning(
+                "training starts from the projections in %s, without the LoRA beside them, %s", lora.parent, lora.name
+            )
     else:
         apply_sla(pipe, settings.sla_config, strict=True)
 

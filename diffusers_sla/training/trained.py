@@ -68,10 +68,10 @@ class Trained:
             }
             (folder / self.component).mkdir(parents=True, exist_ok=True)
             self.model.save_config(folder / self.component)
-            save_file(state, folder / self.component / WEIGHTS_NAME, metadata={"format": "pt"})
+            _write(state, folder / self.component / WEIGHTS_NAME)
         elif self.mode == "lora":
             tensors = {f"{self.component}.{name}": tensor for name, tensor in self._adapter().items()}
-            save_file(tensors, folder / LORA_NAME, metadata={"format": "pt"})
+            _write(tensors, folder / LORA_NAME)
 
     def load(self, folder: str | os.PathLike) -> None:
         """Put what `save` wrote back into the same parameters."""
@@ -90,3 +90,8 @@ class Trained:
         from peft import get_peft_model_state_dict
 
         return {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(self.model).items()}
+
+
+def _write(tensors: Mapping[str, Any], path: Path) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)  # safetensors leaves it to its owner alone

@@ -143,8 +143,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(settings, name, value
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart", "ltx", "cogvideox"])
 def test_other_pipelines_need_no_code_of_their_own(settings, name):
-    for values in ({"train_batch_size": 2}, {"objective": "distill", "data": None, "prompts": ("a red cat",)}):
-        out = finetune(settings(name, train="projection", max_train_steps=1, **values)).folder
+    distill = {"objective": "distill", "data": None, "prompts": ("a red cat",)}
+    for out, values in (("data", {"train_batch_size": 2}), ("prompts", distill)):
+        out = finetune(settings(name, out, train="projection", max_train_steps=1, **values)).folder
         assert all(tensor.any() for layer in read_state(out).layers.values() for tensor in layer.values())
 
 
@@ -236,7 +237,7 @@ def test_unreadable_files_are_named_and_counted(settings, tmp_path, photos, capl
     assert "skipped 1 of 3 files" in caplog.text
     (folder / "metadata.jsonl").write_text(lines[1])
     with pytest.raises(SLADataError, match="none of the 1 files"):
-        finetune(settings(data=folder))
+        finetune(settings(out="none", data=folder))
 
 
 def test_an_empty_folder_stops_before_a_model_is_loaded(settings, tmp_path):
@@ -310,6 +311,20 @@ def test_old_checkpoints_go_and_the_newest_is_found(settings):
     resumed = finetune(settings(max_train_steps=13, resume="latest"))
     assert resumed.resumed_from == 12
     assert finetune(settings(max_train_steps=13, resume=str(out / "checkpoint-12"))).resumed_from == 12
+
+
+def test_a_folder_with_another_run_is_not_written_over(settings):
+    finetune(settings(max_train_steps=1))
+    with pytest.raises(SLADataError, match="holds another run: go on with it by --resume"):
+        finetune(settings(train="projection", max_train_steps=1))
+    assert finetune(settings(max_train_steps=2, resume="latest")).resumed_from == 1
+
+
+def test_a_lora_beside_the_first_projections_is_named(settings, caplog):
+    first = finetune(settings(out="first", train="lora", max_train_steps=1)).folder
+    assert (first / "pytorch_lora_weights.safetensors").stat().st_mode & 0o777 == 0o644
+    finetune(settings(out="second", train="projection", sla_weights=str(first), max_train_steps=1))
+    assert "without the LoRA beside them, pytorch_lora_weights.safetensors" in caplog.text
 
 
 def test_what_cannot_be_resumed_says_why(settings, tmp_path):
