@@ -28,6 +28,7 @@ CASES = [
     (40, torch.bfloat16, 64, 64, "elu", False),
     (256, torch.bfloat16, 64, 64, "softmax", False),
     (128, torch.float32, 64, 64, "softmax", False),
+    (256, torch.float32, 64, 64, "hedgehog", True),
     (256, torch.float32, 64, 128, "hedgehog", True),
 ]
 
