@@ -46,9 +46,9 @@ def _sparse_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
-    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
+    H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
     scale, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,15 +58,14 @@ def _sparse_bwd_dq_kernel(
     EXACT sums delta over the very products P dP from which it is then subtracted, at the price of a turn more: where
     one key has nearly all the weight, little but their rounding is left of the difference.
 
-    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H), as in the forward. dq holds the linear branch's share of
+    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), as in the forward. dq holds the linear branch's share of
     the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the forward. delta: [B, H, num_rows]
     float32.
     """
     pid = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // H
-    h = bh % H
-    h_kv = h // (H // Hkv)
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    bh = b * H + h
+    h_kv = h // GROUP
     cols = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     is_kept = pid < num_kept
@@ -93,7 +92,7 @@ def _sparse_bwd_dq_kernel(
     lse = tl.load(lse_ptr + bh * num_rows + rows, mask=row_valid, other=float("inf"))
     top = lse
     if EXACT:
-        maxima = lse_ptr + tl.num_programs(1).to(tl.int64) * num_rows
+        maxima = lse_ptr + tl.num_programs(2).to(tl.int64) * H * num_rows
         top = tl.load(maxima + bh * num_rows + rows, mask=row_valid, other=0.0)
 
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
@@ -198,7 +197,7 @@ def _sparse_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, starts_ptr, counts_ptr, list_ptr, mask_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
-    H, Hkv, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, num_rows, total,
+    H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_k_blocks, num_rows, total,
     scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr,
@@ -207,15 +206,13 @@ def _sparse_bwd_dkdv_kernel(
 ):  # fmt: skip
     """One program computes dK and dV of BLOCK_N keys over the query blocks that chose them, all heads of their group.
 
-    Grid: (num_kept + num_k_blocks * BLKK // BLOCK_N, B * Hkv); the first num_kept programs take the kept keys, over
+    Grid: (num_kept + num_k_blocks * BLKK // BLOCK_N, Hkv, B); the first num_kept programs take the kept keys, over
     every query.
     starts, counts: [B * H, num_k_blocks], list: [B * H, total], int32. dk, dv: strides g, and the linear branch's
     share of the keys in blocks when HAS_LINEAR. A step takes BLOCK_M queries: several blocks, or a part of one.
     """
     pid = tl.program_id(0)
-    bh_kv = tl.program_id(1).to(tl.int64)
-    b = bh_kv // Hkv
-    h_kv = bh_kv % Hkv
+    b, h_kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     m = tl.arange(0, BLOCK_M)
     is_kept = pid < num_kept
@@ -246,7 +243,7 @@ def _sparse_bwd_dkdv_kernel(
         q_base = q_ptr + b * stride_qb + h * stride_qh
         do_base = do_ptr + b * stride_db + h * stride_dh
         lse_base = lse_ptr + bh * num_rows
-        maxima = lse_base + tl.num_programs(1).to(tl.int64) * GROUP * num_rows
+        maxima = lse_base + tl.num_programs(2).to(tl.int64) * H * num_rows
         delta_base = delta_ptr + bh * num_rows
         first = 0
         last = 0
@@ -340,21 +337,22 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
     config = dq_config(q, blkq, blkk)
     front, back = cdiv(keep_q[0], config.block_m), cdiv(keep_q[1], config.block_m)
     run.launch(
-        _sparse_bwd_dq_kernel, (front + back + num_q_blocks * (blkq // config.block_m), B * H),
+        _sparse_bwd_dq_kernel, (front + back + num_q_blocks * (blkq // config.block_m), H, B),
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
-        D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, **flags,
+        H, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
+        GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLKQ=blkq, BLKK=blkk, **flags,
         **config.options,
     )  # fmt: skip
 
     config = dkdv_config(q, blkq, blkk)
     front, back = cdiv(keep_k[0], config.block_n), cdiv(keep_k[1], config.block_n)
     run.launch(
-        _sparse_bwd_dkdv_kernel, (front + back + num_k_blocks * (blkk // config.block_n), B * Hkv),
+        _sparse_bwd_dkdv_kernel, (front + back + num_k_blocks * (blkk // config.block_n), Hkv, B),
         q, k, v, do, starts, counts, listed, key_mask, lse, delta, dk, dv,
         *strides, *dk.stride()[:3],
-        H, Hkv, *ranges, front, front + back, num_k_blocks, rows, listed.shape[1], scale, scale_log2,
+        H, *ranges, front, front + back, num_k_blocks, rows, listed.shape[1], scale, scale_log2,
         GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLKQ=blkq, BLKK=blkk, **flags,
         **config.options,

@@ -159,8 +159,9 @@ def _sparse_fwd_kernel(
     q_ptr, k_ptr, v_ptr, fq_ptr, indices_ptr, mask_ptr, m_ptr, z_ptr, a_ptr, bias_ptr, o_ptr, o_s_ptr, lse_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_fb, stride_fh, stride_fl, stride_ob, stride_oh, stride_ol,
-    H, Hkv, M_HEADS, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows,
+    H, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows,
     topk, scale_log2, eps,
+    GROUP: tl.constexpr, M_GROUP: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     BLKQ: tl.constexpr, BLKK: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, NEGATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr,
@@ -169,19 +170,18 @@ def _sparse_fwd_kernel(
 ):  # fmt: skip
     """One program computes BLOCK_M queries of one head: a query block, or a part of one.
 
-    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, B * H); the first num_kept programs take the kept queries, over
+    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B); the first num_kept programs take the kept queries, over
     every key.
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
-    m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
+    m: [B, H // M_GROUP, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
     already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H,
     num_rows] float32, base 2; EXACT: [2, B, H, num_rows], the logarithm of the sum, and the largest score it is of.
     scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // H
-    h = bh % H
-    h_kv = h // (H // Hkv)
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    bh = b * H + h
+    h_kv = h // GROUP
     cols = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     is_kept = pid < num_kept
@@ -257,7 +257,7 @@ def _sparse_fwd_kernel(
     if SAVE:
         lse = log2(row_sum, EXACT)
         if EXACT:
-            maxima = lse_ptr + tl.num_programs(1).to(tl.int64) * num_rows
+            maxima = lse_ptr + tl.num_programs(2).to(tl.int64) * H * num_rows
             top = tl.where(empty, 0.0, -row_max if NEGATIVE else row_max)
             tl.store(maxima + bh * num_rows + rows, top, mask=row_valid)
         else:
@@ -290,8 +290,8 @@ def _sparse_fwd_kernel(
                 f_base = fq_ptr + b * stride_fb + h * stride_fh + rows.to(tl.int64)[:, None] * stride_fl
                 x = tl.load(f_base + cols[None, :], mask=inside, other=0.0)
             x_part = x.to(tl.float32)
-            top, inv = phi_stats(x_part, cols[None, :] < D, PHI)
-            m_head = b * M_HEADS + h // (H // M_HEADS)
+            top, total = phi_stats(x_part, cols[None, :] < D, PHI)
+            m_head = b * (H // M_GROUP) + h // M_GROUP
             m_at = m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, block)
             y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             den = tl.zeros([BLOCK_M], tl.float32)
@@ -300,13 +300,13 @@ def _sparse_fwd_kernel(
                     part = first + r
                     if not WHOLE:
                         x_part = tl.load(f_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
-                    f = phi_tile(x_part, top, inv, part[None, :] < D, PHI, half)
+                    f = phi_tile(x_part, top, part[None, :] < D, PHI, half)
                     feature = (m_at * NUM_HALVES + half) * D + part
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
                     m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                     den += tl.sum(f * z[None, :], 1)
                     y = add_dot(f.to(m.dtype), m, y, EXACT, PRECISION)
-            o += y * (1.0 / (den + eps))[:, None]
+            o += y * (1.0 / (den + eps * total))[:, None]
         if HAS_BIAS:
             o += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     tl.store(o_ptr + o_offsets, o.to(o_ptr.dtype.element_ty), mask=inside)
@@ -338,13 +338,14 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     fq = q if fq is None else fq
     linear = m is not None
     run.launch(
-        _sparse_fwd_kernel, (num_kept + num_q_blocks * (blkq // BLOCK_M), B * H),
+        _sparse_fwd_kernel, (num_kept + num_q_blocks * (blkq // BLOCK_M), H, B),
         q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
-        H, Hkv, m.shape[1] if linear else 1, m.shape[2] if linear else 1,
+        H, m.shape[2] if linear else 1,
         Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks,
         num_rows(Lq, blkq), topk,
         max(abs(scale) * math.log2(math.e), 1e-30), eps,  # never 0: it multiplies -inf
+        GROUP=H // Hkv, M_GROUP=H // m.shape[1] if linear else 1,
         D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, BLOCK_D),
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,

@@ -174,17 +174,24 @@ def _registers(x):
 
 @tunable
 def prepare_config(q):
-    wide = _row_bytes(q) > 256
+    row = _row_bytes(q)
     small = shared_memory(q.device) <= SMALL_SHARED
+    # Sums of phi(K)^T V fill half of the registers: eight warps that share them, and two such programs at a time.
+    shared = row == 256 and q.element_size() == 2
     return Launch(
-        num_warps=8 if wide else 4, num_stages=1 if wide else 2 if small else 3,
-        block_n=32 if _row_bytes(q) > 512 else 128, block_c=64 if wide else 128, rows=64 if wide else 128,
-        registers=_all_registers(q),
+        num_warps=4 if row <= 128 else 8, num_stages=1 if row > 256 else 2 if small else 3,
+        block_n=32 if shared or row > 512 else 128, block_c=64 if row > 256 else 128, rows=max(64, 131072 // row),
+        registers=128 if shared else _all_registers(q),
     )  # fmt: skip
 
 
 def select_config(q_mean):
-    return Launch(num_warps=8, num_stages=2, rows=16, block_c=64, block_n=512, programs=1024)
+    narrow = _row_bytes(q_mean) <= 512
+    block_c = 128 if narrow and shared_memory(q_mean.device) > 2 * SMALL_SHARED else 64
+    return Launch(
+        num_warps=8, num_stages=2, rows=16, block_c=block_c, block_n=512, programs=1024,
+        registers=128 if narrow else None,
+    )  # fmt: skip
 
 
 @tunable
@@ -243,10 +250,12 @@ def linear_q_config(q, halves):
     """halves: 2 where phi has two, each with a matrix of its own."""
     row = _row_bytes(q)
     small = halves == 2 or row > 256 or shared_memory(q.device) <= SMALL_SHARED
+    pipelined = row > 128 and not small
     return Launch(
-        num_warps=8 if small or row > 128 else 4, num_stages=1 if small else 2,
+        num_warps=8 if small or pipelined else 4, num_stages=1 if small else 3 if pipelined else 2,
         block_r=_linear_block_r(q, halves, 64 if small else 128),
-        rows=16 if row > 512 else 32 if q.element_size() == 4 else 64, registers=_all_registers(q), fusion=_fusion(q),
+        rows=16 if row > 512 else 32 if pipelined or q.element_size() == 4 else 64,
+        registers=_all_registers(q), fusion=_fusion(q),
     )  # fmt: skip
 
 

@@ -14,59 +14,9 @@ import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
-from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, rounded_precision
+from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config
 
 EPS = 1e-5
-
-
-@triton.jit
-def project(
-    pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
-    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_F features of a head: total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or
-    factor * total @ W; z likewise."""
-    BLOCK_F: tl.constexpr = 16
-    BLOCK_E: tl.constexpr = 32
-    TILE: tl.constexpr = 8
-    TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    EXACT: tl.constexpr = product_ptr.dtype.element_ty == tl.float32
-    head = (pid // TILES).to(tl.int64)
-    f = pid % TILES * BLOCK_F + tl.arange(0, BLOCK_F)
-    d = tl.arange(0, BLOCK_D)
-    inside = (f[:, None] < F) & (d[None, :] < D)
-    total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
-    z = tl.zeros([BLOCK_F], tl.float32)
-    for start in range(0, num_chunks, TILE):
-        for i in tl.static_range(TILE):  # unrolled, so that loads do not wait for each other
-            there = start + i < num_chunks
-            rows = (head * num_chunks + start + i) * F + f
-            total += tl.load(sums_ptr + rows[:, None] * D + d[None, :], mask=inside & there, other=0.0)
-            z += tl.load(z_ptr + rows, mask=(f < F) & there, other=0.0)
-    tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
-    tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
-    for first in range(0, D, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        if TRANSPOSE:
-            w_ptrs = w_ptr + e[None, :] * D + d[:, None]
-        else:
-            w_ptrs = w_ptr + d[:, None] * D + e[None, :]
-        w = tl.load(w_ptrs, mask=(e[None, :] < D) & (d[:, None] < D), other=0.0).to(tl.float32)
-        product = dot_over_d(total, w, EXACT, PRECISION) * factor
-        ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
-        tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
-
-
-@triton.jit(do_not_specialize=["num_chunks", "factor"])
-def _project_sums_kernel(
-    sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
-    F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid: (heads * cdiv(F, 16),). sums: [heads, num_chunks, F, D], z: [heads, num_chunks, F], w: [D, D]."""
-    project(
-        tl.program_id(0), sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
-        F, D, BLOCK_D, TRANSPOSE, PRECISION,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M_BLOCKS", "q_first", "q_end", "num_tiles", "tiles_per_chunk", "eps"])
@@ -81,13 +31,14 @@ def _linear_bwd_q_kernel(
 
     Grid: (num_chunks, B * H, cdiv(D, BLOCK_R)); the last axis takes BLOCK_R features each.
     m: [B, M_HEADS, M_BLOCKS, NUM_HALVES * D, D], z: [.., NUM_HALVES * D] float32; M_BLOCKS is 1 or num_chunks.
-    dx: strides g. dm: [B, H, num_chunks, NUM_HALVES * D, D]; dz, dbias: [B, H, num_chunks, NUM_HALVES * D or D]
+    dx: strides g. dm: [B, H, num_chunks, D, NUM_HALVES * D]; dz, dbias: [B, H, num_chunks, NUM_HALVES * D or D]
     float32.
     """
     chunk = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // H
-    h = bh % H
+    bh = tl.program_id(1)
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
+    m_head = b * M_HEADS + bh % H // (H // M_HEADS)
+    bh = bh.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     own = tl.program_id(2) * BLOCK_R + r
@@ -95,12 +46,11 @@ def _linear_bwd_q_kernel(
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then M is one tile, loaded once
-    m_head = b * M_HEADS + h // (H // M_HEADS)
     m_at = (m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, chunk)) * NUM_HALVES
     square = own_valid[:, None] & (cols[None, :] < D)
     m = tl.load(m_ptr + (m_at * D + own)[:, None] * D + cols[None, :], mask=square, other=0.0)
     z = tl.load(z_ptr + m_at * D + own, mask=own_valid, other=0.0)
-    # dM is kept transposed: so the tile that comes from memory is the one that is read across.
+    # dM is transposed, as all sums are: so the tile that comes from memory is the one that is read across.
     dm_0 = tl.zeros([BLOCK_D, BLOCK_R], tl.float32)
     # Sums over rows stay in their threads until the end: the rows of a warp of a product, or of a warp of a load.
     dz_0 = tl.zeros([BLOCK_M // 16, 8, BLOCK_R], tl.float32)
@@ -116,7 +66,8 @@ def _linear_bwd_q_kernel(
         x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
         x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
-        top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
+        top, total = phi_stats(x, cols[None, :] < D, PHI)
+        inv_total = (1.0 / total)[:, None]
         # phi . M dO^T is O_l . dO times the denominator: no need of O_l itself.
         g = tl.zeros([BLOCK_M], tl.float32)
         den = tl.zeros([BLOCK_M], tl.float32)
@@ -126,7 +77,7 @@ def _linear_bwd_q_kernel(
                 x_part = x
                 if not WHOLE:
                     x_part = tl.load(x_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
-                f = phi_tile(x_part, top, inv_sum, part[None, :] < D, PHI, half)
+                f = phi_tile(x_part, top, part[None, :] < D, PHI, half) * inv_total
                 if not ONE:
                     feature = (m_at + half) * D + part
                     z = tl.load(z_ptr + feature, mask=part < D, other=0.0)
@@ -146,7 +97,7 @@ def _linear_bwd_q_kernel(
         dx = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for half in tl.static_range(NUM_HALVES):
             if not ONE:
-                f = phi_tile(x_own, top, inv_sum, own_valid[None, :], PHI, half)
+                f = phi_tile(x_own, top, own_valid[None, :], PHI, half) * inv_total
                 feature = (m_at + half) * D + own
                 z = tl.load(z_ptr + feature, mask=own_valid, other=0.0)
                 m = tl.load(m_ptr + feature[:, None] * D + cols[None, :], mask=square, other=0.0)
@@ -166,12 +117,14 @@ def _linear_bwd_q_kernel(
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=row_valid[:, None] & own_valid[None, :])
     out = bh * tl.num_programs(0) + chunk
     tl.store(dbias_ptr + out * D + cols, tl.sum(dbias, 0), mask=(cols < D) & (tl.program_id(2) == 0))
+    dm_ptrs = dm_ptr + (out * D + cols[:, None]) * (NUM_HALVES * D) + own[None, :]
+    square = (cols[:, None] < D) & own_valid[None, :]
+    tl.store(dm_ptrs, dm_0.to(dm_ptr.dtype.element_ty), mask=square)
     feature = out * NUM_HALVES * D + own
-    tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_0).to(dm_ptr.dtype.element_ty), mask=square)
     tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_0, 0), 0), mask=own_valid)
     if NUM_HALVES == 2:
+        tl.store(dm_ptrs + D, dm_1.to(dm_ptr.dtype.element_ty), mask=square)
         feature += D
-        tl.store(dm_ptr + feature[:, None] * D + cols[None, :], tl.trans(dm_1).to(dm_ptr.dtype.element_ty), mask=square)  # fmt: skip  # noqa: E501
         tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
 
@@ -214,9 +167,9 @@ def _key_gradients(
 ):  # fmt: skip
     """A chunk of tiles of keys."""
     chunk = pid % num_chunks
-    bh = (pid // num_chunks).to(tl.int64)
-    b = bh // Hkv
-    h = bh % Hkv
+    bh = pid // num_chunks
+    b, h = (bh // Hkv).to(tl.int64), (bh % Hkv).to(tl.int64)
+    bh = bh.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
@@ -236,7 +189,8 @@ def _key_gradients(
         x_base = x_ptr + b * stride_xb + h * stride_xh + at * stride_xl
         x = tl.load(x_base + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + b * stride_vb + h * stride_vh + at * stride_vl + cols[None, :], mask=inside, other=0.0)
-        top, inv_sum = phi_stats(x, cols[None, :] < D, PHI)
+        top, total = phi_stats(x, cols[None, :] < D, PHI)
+        inv_total = (1.0 / total)[:, None]
 
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         t = tl.zeros([BLOCK_N], tl.float32)  # sum of phi * dphi over the row
@@ -247,7 +201,7 @@ def _key_gradients(
                 x_part = x
                 if not WHOLE:
                     x_part = tl.load(x_base + part[None, :], mask=part_valid, other=0.0).to(tl.float32)
-                f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
+                f = phi_tile(x_part, top, part_valid, PHI, half) * inv_total
                 if not ONE:
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
@@ -268,7 +222,7 @@ def _key_gradients(
             dx = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
             for half in tl.static_range(NUM_HALVES):
                 if not ONE:
-                    f = phi_tile(x_part, top, inv_sum, part_valid, PHI, half)
+                    f = phi_tile(x_part, top, part_valid, PHI, half) * inv_total
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
@@ -317,28 +271,10 @@ def norm_of(q, k):
     return q.shape[-1] / k.shape[2]
 
 
-def projection(sums, heads):
-    """Features, chunks of a head and programs of the product of the sums [B, .., F, D] of B * heads heads."""
-    B, F = sums.shape[0], sums.shape[3]
-    return F, sums.shape[1] * sums.shape[2] // heads, B * heads * cdiv(F, 16)
-
-
-def project_sums(run, sums, z, weight, total, product, z_total, heads, transpose, factor):
-    """Launch the sum over the chunks of B * heads heads: fills total [.., F, D] and z_total [.., F], float32, and the
-    product with the weight [.., F, D]."""
-    D = sums.shape[-1]
-    F, num_chunks, programs = projection(sums, heads)
-    run.launch(
-        _project_sums_kernel, (programs,), sums, z, weight, total, product, z_total, num_chunks, factor,
-        F=F, D=D, BLOCK_D=block_d(D), TRANSPOSE=transpose, PRECISION=rounded_precision(product.dtype),
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-
-
 def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
     """Launch the backward of phi(q) M / den. Fills dx in the query blocks.
 
-    Returns dM [B, H, n, F, D], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
+    Returns dM [B, H, n, D, F], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
     of queries, or of the query blocks when `per_block` (dM in x's dtype then).
     """
     B, H, Lq, D = x.shape
@@ -348,7 +284,7 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     num_tiles = cdiv(Lq - sum(keep_q), block_m)
     tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
-    dm = run.empty((B, H, num_chunks, halves * D, D), x.dtype if per_block else torch.float32)
+    dm = run.empty((B, H, num_chunks, D, halves * D), x.dtype if per_block else torch.float32)
     dz = run.empty((B, H, num_chunks, halves * D))
     dbias = run.empty((B * H * num_chunks, D))
     BLOCK_R = min(config.block_r, block_d(D))

@@ -1,132 +1,14 @@
-"""Which key blocks each query block keeps: pooled means, scores, top-k; and the inverse list the backward walks.
+"""Which key blocks each query block keeps: scores of the pooled means, top-k; and the inverse list the backward walks.
 
-`prepare` reads q, k and v once: it pools q and k per block and, in the same pass, sums phi(K)^T V for the linear
-branch. `select` never holds more than a few rows of scores.
+`select` never holds more than a few rows of scores.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .features import HALVES, phi_stats, phi_tile
-from .forward import add_dot
-from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config, rounded_precision, select_config
-from .linear import project, projection
-
-
-@triton.jit
-def _pool_queries(
-    pid, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql, H, q_first, q_end, num_q_blocks, num_q_groups,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLKQ: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Means of GROUP query blocks at once."""
-    cols = tl.arange(0, BLOCK_D)
-    bh = (pid // num_q_groups).to(tl.int64)
-    blocks = pid % num_q_groups * GROUP + tl.arange(0, GROUP)
-    rows = q_first + pid % num_q_groups * (GROUP * BLKQ) + tl.arange(0, GROUP * BLKQ)
-    ptrs = q_ptr + (bh // H) * stride_qb + (bh % H) * stride_qh + rows.to(tl.int64)[:, None] * stride_ql
-    x = tl.load(ptrs + cols[None, :], mask=(rows[:, None] < q_end) & (cols[None, :] < D), other=0.0)
-    total = tl.sum(tl.reshape(x.to(tl.float32), [GROUP, BLKQ, BLOCK_D]), 1)
-    count = tl.minimum(q_end - (q_first + blocks * BLKQ), BLKQ)
-    at = (bh * num_q_blocks + blocks)[:, None] * D + cols[None, :]
-    tl.store(q_mean_ptr + at, total / count[:, None], mask=(blocks[:, None] < num_q_blocks) & (cols[None, :] < D))
-
-
-@triton.jit
-def _sum_keys(
-    pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
-    stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
-    Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLKK: tl.constexpr,
-    PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LINEAR: tl.constexpr, POOL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BLOCK_D)
-    NUM_C: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
-    c = pid % NUM_C
-    half = (pid // NUM_C) % NUM_HALVES
-    chunk = (pid // (NUM_C * NUM_HALVES)) % num_chunks
-    bh = (pid // (NUM_C * NUM_HALVES * num_chunks)).to(tl.int64)
-    b = bh // Hkv
-    h = bh % Hkv
-    c_cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
-    pools = (c == 0) & (half == 0)  # one of the programs that share a chunk
-    # Kept transposed: so the tile that comes from memory is the one that is read across.
-    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-    z = tl.zeros([16, BLOCK_D], tl.float32)  # rows 16 apart are one thread's
-    first_block = chunk * blocks_per_chunk
-    for j in range(first_block, tl.minimum(first_block + blocks_per_chunk, num_k_blocks)):
-        total = tl.zeros([BLOCK_D], tl.float32)
-        count = 0 if HAS_MASK else tl.minimum(k_end - (k_first + j * BLKK), BLKK)
-        for first in tl.static_range(0, BLKK, BLOCK_N):
-            rows = k_first + j * BLKK + first + tl.arange(0, BLOCK_N)
-            valid = rows < k_end
-            if HAS_MASK:
-                valid = valid & (tl.load(mask_ptr + b * Lk + rows, mask=valid, other=0) != 0)
-                count += tl.sum(valid.to(tl.int32), 0)
-            inside = valid[:, None] & (cols[None, :] < D)
-            offsets = rows.to(tl.int64)[:, None]
-            x = tl.load(k_ptr + b * stride_kb + h * stride_kh + offsets * stride_kl + cols[None, :], mask=inside, other=0.0)  # fmt: skip  # noqa: E501
-            y = x.to(tl.float32)
-            total += tl.sum(y, 0)
-            if HAS_LINEAR:
-                v = tl.load(
-                    v_ptr + b * stride_vb + h * stride_vh + offsets * stride_vl + c_cols[None, :],
-                    mask=valid[:, None] & (c_cols[None, :] < D), other=0.0,
-                )  # fmt: skip
-                if PHI == "hedgehog":
-                    y = tl.load(fk_ptr + b * stride_fb + h * stride_fh + offsets * stride_fl + cols[None, :], mask=inside, other=0.0).to(tl.float32)  # fmt: skip  # noqa: E501
-                top, inv = phi_stats(y, cols[None, :] < D, PHI)
-                f = phi_tile(y, top, inv, inside, PHI, 0)
-                if NUM_HALVES == 2:
-                    f = tl.where(half == 0, f, phi_tile(y, top, inv, inside, PHI, 1))
-                acc = add_dot(tl.trans(v), f.to(v.dtype), acc, v.dtype == tl.float32, PRECISION)
-                z += tl.sum(tl.reshape(f, [BLOCK_N // 16, 16, BLOCK_D]), 0)
-        if POOL:
-            at = bh * num_k_blocks + j
-            tl.store(k_mean_ptr + at * D + cols, total / tl.maximum(count, 1), mask=(cols < D) & pools)
-            if HAS_MASK:
-                tl.store(k_bias_ptr + at, tl.where(count == 0, float("-inf"), 0.0), mask=pools)
-    if HAS_LINEAR:
-        at = (bh * num_chunks + chunk) * NUM_HALVES + half
-        ptrs = sums_ptr + (at * D + cols[:, None]) * D + c_cols[None, :]
-        sums = (tl.trans(acc) * norm).to(sums_ptr.dtype.element_ty)
-        tl.store(ptrs, sums, mask=(cols[:, None] < D) & (c_cols[None, :] < D))
-        tl.store(z_ptr + at * D + cols, tl.sum(z, 0) * norm, mask=(cols < D) & (c == 0))
-
-
-@triton.jit(do_not_specialize=["Lk", "q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_q_groups", "num_k_blocks", "num_chunks", "blocks_per_chunk", "num_key_programs", "norm"])  # fmt: skip  # noqa: E501
-def _prepare_kernel(
-    q_ptr, k_ptr, v_ptr, fk_ptr, mask_ptr, q_mean_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_fb, stride_fh, stride_fl,
-    H, Hkv, Lk, q_first, q_end, k_first, k_end, num_q_blocks, num_q_groups, num_k_blocks,
-    num_chunks, blocks_per_chunk, num_key_programs, norm,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLKQ: tl.constexpr,
-    BLKK: tl.constexpr, GROUP: tl.constexpr, PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_LINEAR: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The first num_key_programs programs take one chunk of key blocks each (the longer work), the others pool q.
-
-    Grid: (num_key_programs + B * H * num_q_groups,); num_key_programs = B * Hkv * num_chunks * NUM_HALVES * cdiv(D, BLOCK_C).
-    q_mean: [B, H, num_q_blocks, D], k_mean: [B, Hkv, num_k_blocks, D], k_bias: [B, Hkv, num_k_blocks], all float32;
-    k_bias is -inf for a block without a valid key.
-    sums: [B, Hkv, num_chunks, NUM_HALVES * D, D] norm * phi(K)^T V; z: its float32 row sums of phi(K).
-    """  # noqa: E501
-    pid = tl.program_id(0)
-    if pid < num_key_programs:
-        _sum_keys(
-            pid, k_ptr, v_ptr, fk_ptr, mask_ptr, k_mean_ptr, k_bias_ptr, sums_ptr, z_ptr,
-            stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_fb, stride_fh, stride_fl,
-            Hkv, Lk, k_first, k_end, num_k_blocks, num_chunks, blocks_per_chunk, norm,
-            D, BLOCK_D, BLOCK_C, BLOCK_N, BLKK, PHI, NUM_HALVES, HAS_MASK, HAS_LINEAR, POOL, PRECISION,
-        )  # fmt: skip
-    else:
-        if POOL:
-            _pool_queries(
-                pid - num_key_programs, q_ptr, q_mean_ptr, stride_qb, stride_qh, stride_ql,
-                H, q_first, q_end, num_q_blocks, num_q_groups, D, BLOCK_D, BLKQ, GROUP,
-            )  # fmt: skip
+from .launch import block_d, cdiv, rounded_precision, select_config
+from .projection import project, projection
 
 
 @triton.jit
@@ -146,10 +28,11 @@ def _select(
     scratch_ptr += pid.to(tl.int64) * (ROWS * num_keys)
     scratch = scratch_ptr + r[:, None, None] * num_keys
     for group in range(pid, num_groups, num_pids):
-        bh = (group // groups_per_head).to(tl.int64)
+        bh = group // groups_per_head
         rows = (group % groups_per_head) * ROWS + r
         row_valid = rows < num_q_blocks
-        bh_kv = (bh // H) * Hkv + (bh % H) // (H // Hkv)
+        bh_kv = (bh // H * Hkv + bh % H // (H // Hkv)).to(tl.int64)
+        bh = bh.to(tl.int64)
         q = tl.load(
             q_mean_ptr + (bh * num_q_blocks + rows)[:, None] * D + d[None, :],
             mask=row_valid[:, None] & (d[None, :] < D), other=0.0,
@@ -309,47 +192,6 @@ def _invert_kernel(
         seen += tl.sum(chosen, 0)
     if COUNT:
         tl.store(counts_ptr + bh * num_k_blocks + j, seen, mask=j < num_k_blocks)
-
-
-def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, pool, norm):
-    """Launch the pass over q, k, v. Returns q_mean, k_mean, k_bias (None: not pooled), sums, z (None: no linear).
-
-    linear: "all" gives sums per chunk of key blocks, "marginal" per key block in q's dtype, "none" nothing.
-    """
-    B, H, Lq, D = q.shape
-    Hkv, Lk = k.shape[1], k.shape[2]
-    num_q_blocks = cdiv(Lq - sum(keep_q), blkq)
-    num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
-    halves = HALVES[feature_map] if linear != "none" else 1
-    config = prepare_config(q)
-    blocks_per_chunk = 1 if linear == "marginal" else chunk_size(num_k_blocks, config.programs, B * Hkv)
-    num_chunks = cdiv(num_k_blocks, blocks_per_chunk)
-    q_mean = run.empty((B, H, num_q_blocks, D)) if pool else None
-    k_mean = run.empty((B, Hkv, num_k_blocks, D)) if pool else None
-    k_bias = run.empty((B, Hkv, num_k_blocks)) if pool and key_mask is not None else None
-    sums = z = None
-    if linear != "none":
-        dtype = torch.float32 if linear == "all" else q.dtype
-        sums = run.empty((B, Hkv, num_chunks, halves * D, D), dtype)
-        z = run.empty((B, Hkv, num_chunks, halves * D))
-    elif not pool:
-        return None, None, None, None, None
-    BLOCK_C = min(config.block_c, block_d(D)) if linear != "none" else block_d(D)
-    num_key_programs = B * Hkv * num_chunks * halves * cdiv(D, BLOCK_C)
-    group = max(1, config.rows // blkq)
-    num_q_groups = cdiv(num_q_blocks, group)
-    fk = k if fk is None else fk
-    run.launch(
-        _prepare_kernel, (num_key_programs + (B * H * num_q_groups if pool else 0),),
-        q, k, v, fk, key_mask, q_mean, k_mean, k_bias, sums, z,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fk.stride()[:3],
-        H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_q_groups, num_k_blocks,
-        num_chunks, blocks_per_chunk, num_key_programs, norm,
-        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLOCK_N=min(blkk, config.block_n), BLKQ=blkq, BLKK=blkk, GROUP=group,
-        PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None, HAS_LINEAR=linear != "none", POOL=pool,
-        PRECISION=PRECISION, **config.options,
-    )  # fmt: skip
-    return q_mean, k_mean, k_bias, sums, z
 
 
 def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, sums=None):

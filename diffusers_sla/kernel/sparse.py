@@ -16,10 +16,12 @@ from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
 from .features import HALVES
 from .forward import num_rows, sparse_fwd, statistics
-from .linear import EPS, linear_bwd_k, linear_bwd_q, norm_of, project_sums
+from .linear import EPS, linear_bwd_k, linear_bwd_q, norm_of
 from .marginal import gather_marginal, scatter_marginal
 from .plan import Now, Parts, Plan, layout, like, planned
-from .selection import indices_of, invert, prepare, select
+from .prepare import prepare
+from .projection import project_sums
+from .selection import indices_of, invert, select
 
 
 def _on_its_device(function):

@@ -13,8 +13,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from diffusers_sla.kernel import backward, forward, launch, linear, selection, sparse
+from diffusers_sla.kernel import backward, forward, launch, linear, prepare, projection, selection, sparse
 
+MODULES = (forward, backward, linear, prepare, projection, selection)
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint32: "u32",
     torch.int8: "i8", torch.bool: "i1",
@@ -89,12 +90,12 @@ def main(backend, arch, count=None):
         limit = launch.SHARED.get((int(arch[:-1]), int(arch[-1])), launch.SMALL_SHARED)
     else:
         target, limit = GPUTarget(backend, arch, 64), launch.ROCM_SHARED
-        for module in (forward, backward, linear, selection):
+        for module in MODULES:
             module.PRECISION = "ieee"
-        linear.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
+        projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
     made: list[tuple[str, int]] = []
-    for module in (forward, backward, linear, selection):
+    for module in MODULES:
         for name in [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]:
             setattr(module, name, Compiled(getattr(module, name), target, made))
     for case in itertools.islice(CASES, count):

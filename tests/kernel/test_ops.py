@@ -49,12 +49,14 @@ def test_checkpointing_gives_the_same_gradients(device):
 
 def _compiled_kernels():
     """How many times Triton has compiled each of our kernels in this process."""
-    from diffusers_sla.kernel import backward, forward, linear, selection
+    from diffusers_sla.kernel import backward, forward, linear, prepare, projection, selection
 
     kernels = [
-        value for module in (forward, backward, linear, selection) for name, value in vars(module).items()
+        value
+        for module in (forward, backward, linear, prepare, projection, selection)
+        for name, value in vars(module).items()
         if name.startswith("_") and name.endswith("_kernel")
-    ]  # fmt: skip
+    ]
     return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
 
