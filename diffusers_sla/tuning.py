@@ -3,6 +3,7 @@
 The entries stand in `kernel/launch.py`'s table, which `save_table` writes. Nothing here prints.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -86,54 +87,65 @@ def tune(
         jobs: Processes that compile the tiles of a kernel before they are timed.
         on_trial: Called with a kernel's name, the number of the trial and the number of trials.
     """
-    device = torch.device(device)
-    q, of_pass = calls.make(device)
-    table = launch.table(q.device)
-
-    def timed(what):
-        """Milliseconds of the pass, and its results."""
-        with torch.set_grad_enabled(what == "backward"):
-            call, results = of_pass(what)
-            times = benchmark.milliseconds(itertools.repeat(call), device, repeats)
-        return sorted(times)[len(times) // 2], results
-
-    with Workers(jobs, _compiles) as workers:
+    q = torch.empty(1, 1, 1, calls.D, dtype=getattr(torch, calls.dtype), device=device)
+    device, table = q.device, launch.table(q.device)
+    # On a GPU in processes of their own: what a tile that reads out of bounds breaks is a process.
+    apart = device.type == "cuda"
+    with Workers(jobs if apart else 0, _compiles) as compilers, Workers(1 if apart else 0, _times) as timer:
         for what, chosen, sizes in _kernels(calls.blkq, calls.blkk):
             key = launch.table_key(chosen, q, *sizes)
-            default = chosen(q, *sizes)
-            before, right = timed(what)
-            best, fastest, tried = default, before, 0
+            default, usual = chosen(q, *sizes), dict(table)
             trials = list(_trials(chosen.__name__, default, q, *sizes))
-            kept = table.get(key)
-            outcomes = ["fits"] * len(trials)
-            if device.type == "cuda":  # the interpreter compiles nothing
-                outcomes = workers.map([(device, calls, what, dict(table) | {key: t}) for t in trials])
-            for i, (trial, outcome) in enumerate(zip(trials, outcomes, strict=True)):
+            works = [Work(device, calls, what, usual | {key: trial}, usual, repeats) for trial in trials]
+            outcomes = compilers.map(works) if apart else ["fits"] * len(trials)  # the interpreter compiles nothing
+            (before,) = timer.map([Work(device, calls, what, usual, usual, repeats)])
+            if isinstance(before, str):
+                raise RuntimeError(f"{what} of {key} does not run with the tiles there are, {default}: {before}")
+            best, fastest, tried = default, before, 0
+            for i, (trial, work) in enumerate(zip(trials, works, strict=True)):
                 if on_trial:
                     on_trial(key, i + 1, len(trials))
-                if outcome != "fits":
+                if outcomes[i] != "fits":
                     continue
-                table[key] = trial
-                median, results = timed(what)
-                tried += 1
-                if all(_same(a, b) for a, b in zip(results, right, strict=True)) and median < fastest * WORTHWHILE:
+                (median,) = timer.map([work])
+                if isinstance(median, str):
+                    outcomes[i] = median
+                tried += outcomes[i] != "crashed"
+                if outcomes[i] == "fits" and median < fastest * WORTHWHILE:
                     best, fastest = trial, median
             if best is not default:
                 table[key] = best
-            elif kept is None:
-                table.pop(key, None)
-            else:
-                table[key] = kept
             crashed = tuple(t for t, outcome in zip(trials, outcomes, strict=True) if outcome == "crashed")
             yield Found(key, what, best, before, fastest, tried, crashed)
 
 
+@dataclass(frozen=True)
+class Work:
+    """A pass to run with the tiles of `table`; the results that it must have are those with `usual`."""
+
+    device: torch.device
+    calls: Calls
+    what: str
+    table: dict[str, Launch]
+    usual: dict[str, Launch]
+    repeats: int
+
+    def run(self, tiles: dict[str, Launch]) -> tuple[Callable, tuple]:
+        """The call, and its results with these tiles."""
+        own = launch.table(self.device)
+        own.clear()
+        own.update(tiles)
+        with torch.set_grad_enabled(self.what == "backward"):
+            return self.calls.make(self.device)[1](self.what)
+
+
 class Workers:
     """Processes that each do one piece of work at a time. One that the work leaves broken, as an illegal address does
-    with all that a process has on a GPU, is replaced."""
+    with all that a process has on a GPU, is replaced. With 0 jobs this process does the work."""
 
-    def __init__(self, jobs: int, do: Callable[[Any], str]):
-        self.do, self.threads = do, ThreadPoolExecutor(jobs)
+    def __init__(self, jobs: int, do: Callable[[Any], Any]):
+        self.do, self.threads = do, ThreadPoolExecutor(max(1, jobs))
+        self.jobs = jobs
         self.idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
         for _ in range(jobs):
             self.idle.put(self._start())
@@ -142,11 +154,11 @@ class Workers:
     def _start() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, get_context("spawn"))
 
-    def map(self, works: Iterable[Any]) -> list[str]:
+    def map(self, works: Iterable[Any]) -> list[Any]:
         """What `do` gives for each; "crashed" where the process did not live to say so."""
-        return list(self.threads.map(self._one, works))
+        return list(self.threads.map(self._one, works)) if self.jobs else [self.do(work) for work in works]
 
-    def _one(self, work: Any) -> str:
+    def _one(self, work: Any) -> Any:
         process = self.idle.get()
         try:
             outcome = process.submit(self.do, work).result()
@@ -167,24 +179,48 @@ class Workers:
             self.idle.get().shutdown()
 
 
-def _compiles(work) -> str:
-    """In a process of its own: run the pass once with a table, so that its kernels are in Triton's cache. "fits", "too
-    large" for this GPU, or "crashed"."""
-    device, calls, what, table = work
-    own = launch.table(torch.device(device.type, torch.cuda.current_device()))
-    own.clear()
-    own.update(table)
+def _outcome(do: Callable[[], Any]) -> Any:
+    """What `do` gives; "too large" for this GPU or "crashed" where it does not run."""
     try:
-        with torch.set_grad_enabled(what == "backward"):
-            calls.make(device)[1](what)
-        torch.cuda.synchronize()
+        return do()
     except Exception as error:
         if type(error).__name__ in ("OutOfResources", "CompilationError", "PTXASError"):
             return "too large"
         if "CUDA error" in str(error):
             return "crashed"
         raise
-    return "fits"
+
+
+def _compiles(work: Work) -> str:
+    """Run the pass once, so that its kernels are in Triton's cache."""
+
+    def do():
+        work.run(work.table)
+        torch.cuda.synchronize()
+        return "fits"
+
+    return _outcome(do)
+
+
+@functools.lru_cache(maxsize=1)
+def _right(device: torch.device, calls: Calls, what: str, usual: tuple) -> tuple:
+    """Results with the usual tiles."""
+    return Work(device, calls, what, {}, {}, 0).run(dict(usual))[1]
+
+
+def _times(work: Work) -> Any:
+    """Milliseconds of the pass, or "wrong"."""
+
+    def do():
+        right = _right(work.device, work.calls, work.what, tuple(work.usual.items()))
+        call, results = work.run(work.table)
+        if not all(_same(a, b) for a, b in zip(results, right, strict=True)):
+            return "wrong"
+        with torch.set_grad_enabled(work.what == "backward"):
+            times = benchmark.milliseconds(itertools.repeat(call), work.device, work.repeats)
+        return sorted(times)[len(times) // 2]
+
+    return _outcome(do)
 
 
 def _kernels(blkq, blkk):
@@ -204,7 +240,8 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
     shapes: list[dict[str, Any]]
     pipelines: list[dict[str, Any]] = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)]
     if name == "prepare_config":
-        shapes = [{"rows": rows} for rows in (128, 256, 512)]
+        limits = {default.registers} if q.element_size() == 4 else (None, 128)
+        shapes = [{"rows": rows, "registers": limit} for rows in (256, 512, 1024) for limit in limits]
     elif name == "linear_q_config":
         # Not narrower tiles of M with more stages: on Hopper, Triton 3.6 makes some of them read out of bounds.
         shapes = [{"rows": rows} for rows in (32, 64, 128)]

@@ -39,6 +39,15 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     assert launch.table(CPU) == {key: better}
 
 
+def test_tiles_there_are_that_do_not_run_are_named(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(tuning, "sla_attention", fail)
+    with pytest.raises(RuntimeError, match=r"forward of prepare 16x4 does not run .*Launch.*: crashed"):
+        list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, H=1, L=64)))
+
+
 def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the table of a CPU")
@@ -63,6 +72,8 @@ def outcome_of(work):
 
 
 def test_a_trial_that_breaks_its_process_spoils_no_other():
+    with tuning.Workers(0, lambda work: work + 1) as none:
+        assert none.map([1, 2]) == [2, 3]
     with tuning.Workers(2, outcome_of) as workers:
         assert workers.map([0, 1, 0, 2, 0, 0, 1]) == ["fits", "crashed", "fits", "crashed", "fits", "fits", "crashed"]
         assert workers.map([0, 0]) == ["fits", "fits"]
