@@ -194,6 +194,12 @@ def select_config(q_mean):
     )  # fmt: skip
 
 
+def projected_columns(product):
+    """Columns of the weight that a program takes at a time: all of it where it fits, so that it is loaded first."""
+    whole = product.element_size() == 2 and _row_bytes(product) <= 256 and shared_memory(product.device) > SMALL_SHARED
+    return block_d(product.shape[-1]) if whole else 32
+
+
 @tunable
 def forward_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import block_d, cdiv, rounded_precision, select_config
+from .launch import block_d, cdiv, projected_columns, rounded_precision, select_config
 from .projection import project, projection
 
 
@@ -97,7 +97,7 @@ def _select_kernel(
     num_projecting, num_chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PROJECT: tl.constexpr, F: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The choice; the first num_projecting programs do what else is due between `prepare` and the forward, as
     `_project_sums_kernel` does it.
@@ -112,7 +112,7 @@ def _select_kernel(
         if pid < num_projecting:
             project(
                 pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, 1.0,
-                F, D, BLOCK_D, True, PRECISION,
+                F, D, BLOCK_D, BLOCK_E, True, PRECISION,
             )  # fmt: skip
     if pid >= num_projecting:
         _select(
@@ -217,7 +217,8 @@ def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, 
         indices.shape[3], num_k_blocks - num_skipped, scale, projecting, num_chunks,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
-        PROJECT=sums is not None, F=F, PRECISION=rounded_precision(dtype), **config.options,
+        PROJECT=sums is not None, F=F, BLOCK_E=32 if sums is None else projected_columns(sums[4]),
+        PRECISION=rounded_precision(dtype), **config.options,
     )  # fmt: skip
 
 
