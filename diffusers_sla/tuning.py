@@ -226,7 +226,7 @@ def _times(work: Work) -> Any:
 def _kernels(blkq, blkk):
     """The pass that each kernel is timed in, its function in launch.py and the sizes that this takes."""
     return (
-        ("forward", launch.prepare_config, ()),
+        ("forward", launch.prepare_config, (blkk, 1)),
         ("forward", launch.forward_config, (blkq, blkk)),
         ("backward", launch.linear_q_config, (1,)),
         ("backward", launch.linear_k_config, (1,)),

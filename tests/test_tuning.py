@@ -44,7 +44,7 @@ def test_tiles_there_are_that_do_not_run_are_named(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(tuning, "sla_attention", fail)
-    with pytest.raises(RuntimeError, match=r"forward of prepare 16x4 does not run .*Launch.*: crashed"):
+    with pytest.raises(RuntimeError, match=r"forward of prepare 16x4 32x1 does not run .*Launch.*: crashed"):
         list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, H=1, L=64)))
 
 
@@ -55,7 +55,7 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     trials = {"forward_config": [Launch(block_m=32, block_n=32)], "dkdv_config": [Launch(block_m=32, block_n=32)]}
     monkeypatch.setattr(tuning, "_trials", lambda name, *_: iter(trials.get(name, [])))
     found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
-    names = ["prepare 16x4", "forward 16x4 32x32", "linear_q 16x4 1", "linear_k 16x4 1", "dq 16x4 32x32", "dkdv 16x4 32x32"]  # fmt: skip  # noqa: E501
+    names = ["prepare 16x4 32x1", "forward 16x4 32x32", "linear_q 16x4 1", "linear_k 16x4 1", "dq 16x4 32x32", "dkdv 16x4 32x32"]  # fmt: skip  # noqa: E501
     assert [f.key for f in found] == names
     assert [f.tried for f in found] == [0, 1, 0, 0, 0, 1]
 

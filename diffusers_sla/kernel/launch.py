@@ -173,15 +173,16 @@ def _registers(x):
 
 
 @tunable
-def prepare_config(q):
-    row = _row_bytes(q)
-    small = shared_memory(q.device) <= SMALL_SHARED
-    # Sums of phi(K)^T V fill half of the registers: eight warps that share them, and two such programs at a time.
-    shared = row == 256 and q.element_size() == 2
+def prepare_config(q, blkk, halves):
+    """halves: 2 where phi(k) is of other numbers than k."""
+    row, shared = _row_bytes(q), shared_memory(q.device)
+    # Sums of phi(K)^T V fill half of the registers: eight warps share them, so that there are two such programs.
+    full = row == 256 and q.element_size() == 2
+    block_n = min(blkk, 32 if full or row > 512 else 128)
+    stages = 1 if row > 256 else _stages(shared, 2 * block_n * row, (1 + halves) * blkk * row, 3)
     return Launch(
-        num_warps=4 if row <= 128 else 8, num_stages=1 if row > 256 else 2 if small else 3,
-        block_n=32 if shared or row > 512 else 128, block_c=64 if row > 256 else 128, rows=max(64, 131072 // row),
-        registers=128 if shared else _all_registers(q),
+        num_warps=8 if full or row > 256 else 4, num_stages=stages, block_n=block_n, block_c=64 if row > 256 else 128,
+        rows=max(64, 131072 // row), registers=128 if full else _all_registers(q),
     )  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
     num_q_blocks = cdiv(Lq - sum(keep_q), blkq)
     num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
     halves = HALVES[feature_map] if linear != "none" else 1
-    config = prepare_config(q)
+    config = prepare_config(q, blkk, halves)
     blocks_per_chunk = 1 if linear == "marginal" else chunk_size(num_k_blocks, config.programs, B * Hkv)
     num_chunks = cdiv(num_k_blocks, blocks_per_chunk)
     q_mean = run.empty((B, H, num_q_blocks, D)) if pool else None
@@ -182,7 +182,7 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fk.stride()[:3],
         H, Hkv, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_q_blocks, num_q_groups, num_k_blocks,
         num_chunks, blocks_per_chunk, num_key_programs, norm,
-        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLOCK_N=min(blkk, config.block_n), BLKQ=blkq, BLKK=blkk, GROUP=group,
+        D=D, BLOCK_D=block_d(D), BLOCK_C=BLOCK_C, BLOCK_N=config.block_n, BLKQ=blkq, BLKK=blkk, GROUP=group,
         PHI=feature_map, NUM_HALVES=halves, HAS_MASK=key_mask is not None, HAS_LINEAR=linear != "none", POOL=pool,
         PRECISION=PRECISION, **config.options,
     )  # fmt: skip
