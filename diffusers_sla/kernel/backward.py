@@ -17,7 +17,7 @@ from .forward import (
     num_rows,
     place_in_block,
 )
-from .launch import PRECISION, block_d, cdiv, dkdv_config, dq_config
+from .launch import block_d, cdiv, dkdv_config, dq_config, sparse_precision
 
 
 @triton.jit
@@ -330,7 +330,7 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     flags = dict(
         HAS_MASK=key_mask is not None, KEEP_Q=sum(keep_q) > 0, KEEP_K=sum(keep_k) > 0, HAS_LINEAR=linear,
-        EXACT=q.dtype == torch.float32, PRECISION=PRECISION,
+        EXACT=q.dtype == torch.float32, PRECISION=sparse_precision(q),
     )  # fmt: skip
     scale_log2 = scale * math.log2(math.e)
 

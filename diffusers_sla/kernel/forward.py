@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import PRECISION, block_d, cdiv, forward_config
+from .launch import block_d, cdiv, forward_config, sparse_precision
 
 
 @triton.jit
@@ -350,6 +350,6 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,
         HAS_MASK=key_mask is not None, KEEP_Q=num_kept > 0, KEEP_K=sum(keep_k) > 0,
         HAS_LINEAR=linear, HAS_BIAS=bias is not None, HAS_A=a is not None, SAVE=save, EXACT=q.dtype == torch.float32,
-        PRECISION=PRECISION,
+        PRECISION=sparse_precision(q),
         **config.options,
     )  # fmt: skip

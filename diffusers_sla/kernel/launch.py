@@ -172,6 +172,12 @@ def _registers(x):
     return 128 if _row_bytes(x) <= 128 and shared_memory(x.device) > 2 * SMALL_SHARED else None
 
 
+def sparse_precision(x):
+    """Precision of products of float32 matrices in the sparse branch: where there is little shared memory, the copies
+    that tensor cores take of the widest rows do not fit."""
+    return "ieee" if _row_bytes(x) > 512 and shared_memory(x.device) <= SMALL_SHARED else PRECISION
+
+
 @tunable
 def prepare_config(q, blkk, halves):
     """halves: 2 where phi(k) is of other numbers than k."""
@@ -240,6 +246,8 @@ def dkdv_config(q, blkq, blkk):
     row, shared = _row_bytes(q), shared_memory(q.device)
     block_n = min(blkk, 128 if row <= 256 else 32)
     block_m = 64 if row <= 256 else 32
+    if row > 512 and shared <= SMALL_SHARED:
+        block_n = 16
     copies = 2 if q.element_size() == 4 else 1
     while 2 * copies * (block_m + block_n) * row > shared - 4 * REST and block_m > 16:
         block_m //= 2

@@ -90,7 +90,7 @@ def main(backend, arch, count=None):
         limit = launch.SHARED.get((int(arch[:-1]), int(arch[-1])), launch.SMALL_SHARED)
     else:
         target, limit = GPUTarget(backend, arch, 64), launch.ROCM_SHARED
-        for module in MODULES:
+        for module in (launch, linear, prepare):
             module.PRECISION = "ieee"
         projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
