@@ -19,6 +19,19 @@ TEMPLATES = _PACKED if _PACKED.is_dir() else Path(__file__).parent.parent / "mod
 TAGS = ("diffusers-sla", "sparse-linear-attention", "sparse-attention")
 # The Hub's name of what models do -> what their classes are called; those of anything else make images.
 _TASKS = {"text-to-video": "3D|Video|Motion|Temporal|I2V", "text-to-audio": "Audio|Music|AceStep"}
+# Denoisers of which no pipeline of Diffusers 0.42 has `load_lora_weights`.
+_NO_LORA_LOADER = {
+    "AllegroTransformer3DModel", "AudioLDM2UNet2DConditionModel", "BriaTransformer2DModel",
+    "CogView3PlusTransformer2DModel", "Cosmos3OmniTransformer", "DiTTransformer2DModel", "DreamLiteUNetModel",
+    "EasyAnimateTransformer3DModel", "GlmImageTransformer2DModel", "HunyuanDiT2DModel",
+    "HunyuanImageTransformer2DModel", "HunyuanVideo15Transformer3DModel", "I2VGenXLUNet",
+    "JoyImageEditPlusTransformer3DModel", "JoyImageEditTransformer3DModel", "Kandinsky6SRTransformer3DModel",
+    "Kandinsky6Transformer3DModel", "LatteTransformer3DModel", "LongCatAudioDiTTransformer",
+    "LongCatImageTransformer2DModel", "LuminaNextDiT2DModel", "MotifVideoTransformer3DModel",
+    "NucleusMoEImageTransformer2DModel", "OmniGenTransformer2DModel", "OvisImageTransformer2DModel",
+    "PixArtTransformer2DModel", "SanaWMTransformer3DModel", "StableAudio3DiTModel", "StableAudioDiTModel",
+    "Transformer2DModel", "UNet2DModel", "UNetSpatioTemporalConditionModel", "UVit2DModel",
+}  # fmt: skip
 # What a record in the state file's meta is called in the card; each is a list of rows, dicts with the same keys.
 TABLES = {"speed": "Speed", "quality": "Quality"}
 
@@ -75,9 +88,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _front_matter(card: Card, old: dict[str, Any]) -> str:
-    models = card.state.meta.get("models") or {}
-    classes = " ".join(map(str, models.values())) if isinstance(models, dict) else ""
-    classes = f"{classes} {card.model_class or ''}"
+    classes = " ".join(_classes(card))
     ours: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": next((tag for tag, named in _TASKS.items() if re.search(named, classes)), "text-to-image"),
@@ -93,6 +104,13 @@ def _front_matter(card: Card, old: dict[str, Any]) -> str:
     if card.license:  # asked for now; what stands there may be a default of the Hub's form
         merged["license"] = card.license
     return ModelCardData(**merged | {"tags": list(dict.fromkeys(tags))}).to_yaml().strip()
+
+
+def _classes(card: Card) -> list[str]:
+    """The classes of the denoisers, as far as the card knows them."""
+    models = card.state.meta.get("models")
+    classes = [*models.values()] if isinstance(models, dict) else []
+    return [str(name) for name in (*classes, card.model_class) if name]
 
 
 def _section(card: Card) -> str:
@@ -114,6 +132,7 @@ def _section(card: Card) -> str:
     return render(
         "state.md",
         kind=card.kind, repo_id=card.repo_id, loader=loader, load=load, variable=variable, lora=card.lora,
+        lora_loader=_NO_LORA_LOADER.isdisjoint(_classes(card)),
         base=f"[{base}](https://huggingface.co/{base})" if base else None, subfolder_argument=where,
         settings=settings, percent=f"{100 * settings['topk']:g}%", layers=len(card.state.layers),
         head_dims=" and ".join(map(str, sorted({_head_dim(tensors) for tensors in card.state.layers.values()}))),

@@ -1,5 +1,15 @@
 import pytest
 import torch
+from diffusers import (
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from huggingface_hub import ModelCard
 
 from diffusers_sla import SLAConfig, SLAHubError
@@ -33,6 +43,12 @@ def test_the_front_matter_is_what_the_hub_reads():
     [
         (card(), 'pipe = DiffusionPipeline.from_pretrained("acme/base", '),
         (card("lora", lora="l.safetensors"), 'pipe.load_lora_weights("you/x", weight_name="l.safetensors")'),
+        (
+            card(
+                "lora", lora="l.safetensors", subfolder="v2", meta={"models": {"transformer": "DiTTransformer2DModel"}}
+            ),
+            'add_lora(pipe, hf_hub_download("you/x", "l.safetensors", subfolder="v2"))',
+        ),
         (card("pipeline"), 'pipe = DiffusionPipeline.from_pretrained("you/x", '),
         (
             card("model", model_class="WanTransformer3DModel", component="transformer", subfolder="v2"),
@@ -47,6 +63,21 @@ def test_the_usage_fits_what_is_in_the_repository(made, line):
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert len(code.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "model"),
+    [
+        (DiTPipeline, DiTTransformer2DModel),
+        (PixArtSigmaPipeline, PixArtTransformer2DModel),
+        (StableDiffusionXLPipeline, UNet2DConditionModel),
+        (WanPipeline, WanTransformer3DModel),
+    ],
+)
+def test_a_lora_is_loaded_by_the_pipeline_where_that_can(pipeline, model):
+    code = render_card(card("lora", lora="l.safetensors", meta={"models": {"x": model.__name__}}))
+    assert ("pipe.load_lora_weights(" in code) == hasattr(pipeline, "load_lora_weights")
+    assert ("add_lora(" in code) != hasattr(pipeline, "load_lora_weights")
 
 
 def test_records_become_tables_and_their_text_stays_in_its_cell():
