@@ -121,7 +121,7 @@ def other_alignments_take_other_kernels():
 def a_changed_table_is_used_at_once():
     before = Call(**CASES[0], grad=False)
     table = launch.table(torch.device("cpu"))
-    table["prepare 32x2"] = Launch(rows=16, block_c=32)
+    table["prepare 32x2 64x1"] = Launch(rows=16, block_c=32)
     changed = Call(**CASES[0], grad=False)
     assert changed.launches[0][2] != before.launches[0][2]
     table.clear()
