@@ -5,6 +5,11 @@ from diffusers_sla.kernel.plan import Now
 from diffusers_sla.kernel.prepare import prepare
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    torch.manual_seed(0)
+
+
 def prepared(q, k, v, blk, linear="all", key_mask=None, fk=None, feature_map="softmax"):
     run = Now(q.device)
     return prepare(run, q, k, v, fk, key_mask, blk, blk, (0, 0), (0, 0), feature_map, linear, True, 0.5)
@@ -40,6 +45,7 @@ def test_what_is_not_finite_stays_in_its_block(dtype, device):
 def test_sums_are_values_by_features(dtype, feature_map, device):
     q, k, v, fk = (torch.randn(2, 2, 100, 24, device=device).to(dtype) for _ in range(4))
     key_mask = torch.rand(2, 100, device=device) > 0.3
+    key_mask[:, ::32] = True  # no block without a key
     _, k_mean, k_bias, sums, z = prepared(q, k, v, 32, key_mask=key_mask, fk=fk, feature_map=feature_map)
     x = fk if feature_map == "hedgehog" else k
     f = (torch.cat([x, -x], -1) if feature_map == "hedgehog" else x).double().softmax(-1)
