@@ -20,7 +20,7 @@ def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, k
     """`select_blocks` in plain torch."""
     with torch.autocast(q.device.type, enabled=False):
         q, k = _as_computed(q, k)
-        return _block_map(_ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k), topk, skip)
+        return _choose(_scores(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k), topk, skip, True)[1]
 
 
 def _as_computed(*tensors):
@@ -31,8 +31,8 @@ def _as_computed(*tensors):
     return tuple(x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in tensors)
 
 
-def _ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k):
-    """Key blocks of each query block, best first: [B, H, num_q_blocks, num_k_blocks] int64."""
+def _scores(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k):
+    """What ranks the key blocks of each query block: [B, H, num_q_blocks, num_k_blocks] float32."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # Factors that all scores of a row share do not change its order, so sums do for means where all blocks are whole.
     q_sum = _blocks(_inner(q, keep_q), blkq).sum(3, dtype=torch.float32)
@@ -51,14 +51,21 @@ def _ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k):
     scores = (q_sum @ k_mean.mT).mul_(scale)
     if mask is not None:
         scores.masked_fill_((count == 0)[:, :, None], float("-inf"))
-    return scores.argsort(dim=-1, descending=True, stable=True)
+    return scores
 
 
-def _block_map(ranking, topk, skip):
-    n = ranking.shape[-1]
+def _choose(scores, topk, skip, mapped):
+    """Indices [.., n] int64 of the critical blocks, best first, and if `mapped` the int8 map of eq. 3, else None."""
+    num_k_blocks, n = scores.shape[-1], max(1, int(topk * scores.shape[-1]))
+    if n == 1 and not mapped:  # the first of equals, as with a stable sort, in a tenth of its time
+        return scores.argmax(-1, keepdim=True), None
+    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    indices = ranking[..., :n]
+    if not mapped:
+        return indices, None
     block_map = torch.zeros(ranking.shape, dtype=torch.int8, device=ranking.device)
-    block_map.scatter_(-1, ranking[..., n - int(skip * n) :], -1)
-    return block_map.scatter_(-1, ranking[..., : max(1, int(topk * n))], 1)
+    block_map.scatter_(-1, ranking[..., num_k_blocks - int(skip * num_k_blocks) :], -1)
+    return indices, block_map.scatter_(-1, indices, 1)
 
 
 def sla_attention_eager(
@@ -73,11 +80,10 @@ def sla_attention_eager(
         q, k, v = _as_computed(q, k, v)
         if block_map is None:
             with torch.no_grad():
-                ranking = _ranking(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k)
-                block_map = _block_map(ranking, topk, skip) if linear == "marginal" else None
+                scores = _scores(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k)
+            indices, block_map = _choose(scores, topk, skip, linear == "marginal")
         else:
-            ranking = (block_map != 1).to(torch.int8).argsort(dim=-1, stable=True)
-        indices = ranking[..., : max(1, int(topk * ranking.shape[-1]))]
+            indices = _choose((block_map == 1).to(torch.int8), topk, skip, False)[0]
 
         q_inner = _inner(q, keep_q)
         o = _SparseAttention.apply(q_inner, k, v, indices, key_mask, blkq, blkk, keep_k, scale)
@@ -96,11 +102,10 @@ def sla_attention_eager(
             kept = torch.cat([q[:, :, :first], q[:, :, last:]], 2)
             kept = _dense(kept, k, v, key_mask, scale)
             o = torch.cat([kept[:, :, :first], o, kept[:, :, first:]], 2)
+    if o.dtype == given.dtype and o.stride() == given.stride():
+        return o
     out = torch.empty_like(given)  # q's order of strides
-    if not o.requires_grad:
-        return o if o.dtype == out.dtype and o.stride() == out.stride() else out.copy_(o)
-    o = o.to(out.dtype)
-    return o if o.stride() == out.stride() else _like(o, out)
+    return _like(o.to(out.dtype), out) if o.requires_grad else out.copy_(o)
 
 
 def _like(o, out):

@@ -65,3 +65,14 @@ def test_one_token():
         o.sum().backward()
         results.append([o.detach().double(), *(x.grad.double() for x in leaves)])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_of_equal_blocks_the_first_is_the_one_that_is_kept(linear):
+    torch.manual_seed(0)
+    q, v, weight = torch.ones(1, 2, 64, 16), torch.randn(1, 2, 64, 16), torch.randn(16, 16)
+    settings = {"topk": 0.25, "blkq": 16, "blkk": 16, "linear": linear, "proj_l_weight": weight}
+    got, want = (sla_attention(q, q, v, **settings, impl=impl) for impl in ("eager", "reference"))
+    torch.testing.assert_close(got, want)
+    other = sla_attention(q, q, v.roll(16, 2), **settings, impl="eager")
+    assert not torch.allclose(other, got, atol=0.1)
