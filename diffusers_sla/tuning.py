@@ -113,8 +113,8 @@ def tune(
                 tried += outcomes[i] != "crashed"
                 if outcomes[i] == "fits" and median < fastest * WORTHWHILE:
                     best, fastest = trial, median
-            if best is not default:
-                table[key] = best
+            table.clear()  # without processes of their own the trials stood in it
+            table.update(usual if best is default else usual | {key: best})
             crashed = tuple(t for t, outcome in zip(trials, outcomes, strict=True) if outcome == "crashed")
             yield Found(key, what, best, before, fastest, tried, crashed)
 

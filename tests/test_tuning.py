@@ -28,7 +28,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     wrong, better = Launch(num_warps=8, num_stages=1), Launch(num_warps=4, num_stages=4)
     key = launch.table_key(launch.dq_config, q, 32, 32)
     monkeypatch.setattr(tuning, "_kernels", lambda blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
-    monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([wrong, better]))
+    monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([better, wrong]))
     monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
     times = {default: 4.0, wrong: 1.0, better: 2.0}
     now = lambda: launch.dq_config(q, 32, 32)  # noqa: E731
@@ -37,6 +37,19 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     (found,) = tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, H=1, L=64))
     assert found == tuning.Found(key, "backward", better, 4.0, 2.0, 2)
     assert launch.table(CPU) == {key: better}
+
+
+def test_where_nothing_is_faster_the_table_stays(monkeypatch):
+    q = torch.empty(1, 1, 1, 16)
+    default, slower = launch.dq_config(q, 32, 32), Launch(num_warps=8, num_stages=1)
+    monkeypatch.setattr(tuning, "_kernels", lambda blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
+    monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([slower]))
+    monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
+    times = {default: 1.0, slower: 2.0}
+    monkeypatch.setattr(tuning.benchmark, "milliseconds", lambda *_: [times[launch.dq_config(q, 32, 32)]])
+    (found,) = tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, H=1, L=64))
+    assert (found.launch, found.before, found.after, found.tried) == (default, 1.0, 1.0, 1)
+    assert launch.table(CPU) == {}
 
 
 def test_tiles_there_are_that_do_not_run_are_named(monkeypatch):
