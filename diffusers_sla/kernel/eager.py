@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 EPS = 1e-5
 SOFTMAX_MAPS = ("softmax", "hedgehog")
-# Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in the last cache, and few steps.
-STEP_BYTES = 16 << 20
+# Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in cache, also of a busy machine.
+STEP_BYTES = 4 << 20
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
@@ -24,9 +24,9 @@ def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, k
 
 
 def _as_computed(*tensors):
-    """Contiguous, and in float32 where products in half precision take longer: on a CPU without matrix units."""
+    """Contiguous, and in float32 where products in half precision take longer: on a CPU without such products."""
     dtype = tensors[0].dtype
-    if tensors[0].device.type == "cpu" and not (dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
+    if tensors[0].device.type == "cpu" and not (dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
         dtype = torch.float32
     return tuple(x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in tensors)
 
@@ -94,7 +94,7 @@ def sla_attention_eager(
             k_inner, v_inner = _inner(k, keep_k), _inner(v, keep_k)
             mask = None if key_mask is None else _inner(key_mask, keep_k, dim=1)
             o = _add_linear_branch(
-                o.float(), q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight,
+                o, q_inner, k_inner, v_inner, feature_map, phi_q_weight, phi_k_weight,
                 proj_l_weight, proj_l_bias, mask, marginal, blkq, blkk,
             )  # fmt: skip
         if sum(keep_q):
@@ -132,7 +132,7 @@ def _dense(q, k, v, key_mask, scale):
 def _add_linear_branch(
     o, q, k, v, feature_map, phi_q, phi_k, weight, bias, key_mask, block_map, blkq, blkk,
 ):  # fmt: skip
-    """o + O_l W^T + b (eq. 5, 6) in float32, added in place where no gradient is wanted.
+    """o + O_l W^T + b (eq. 5, 6), summed in float32; in place where no gradient is wanted, else float32.
 
     Key heads go together, as one call of many products keeps all cores busy, but one by one where every query block
     has sums of its own.
@@ -162,16 +162,19 @@ def _add_linear_branch(
                 results.append(target + torch.cat([_rows(f @ m, L) for _, f, m in pieces], 1))
                 continue
             for at, f, m in pieces:
+                piece = target[:, at].float()
                 if rows is None:
-                    target[:, at].baddbmm_(f, m)
+                    piece.baddbmm_(f, m)
                 else:
-                    target.add_(_rows(f @ m, L))
+                    piece += _rows(f @ m, L)
+                if bias is not carried:
+                    piece += bias.float()
+                if target.dtype != piece.dtype:
+                    target[:, at] = piece
     if tracked:
         slices_first = torch.stack(results).view(B, len(slices), q.shape[2], -1, *o.shape[2:])
         o = slices_first.transpose(2, 3).reshape(o.shape)
-    if bias is carried:
-        return o
-    return o + bias.float() if tracked else o.add_(bias.float())
+    return o if bias is carried or not tracked else o + bias.float()
 
 
 def _rows(x, length):
@@ -352,12 +355,10 @@ class _Gather:
             self.valid = inner.expand(B, Hkv, num_k_blocks, blkk).reshape(-1, blkk)
             kept = torch.cat([valid[:, :first], valid[:, last:]], 1)
             self.kept_valid = kept[:, None].expand(B, Hkv, kept.shape[1]).flatten(0, 1)
-        if (
-            key_mask is not None and self.valid is not None and self.kept_valid is not None
-        ):  # what a mask hides must not reach anyone, NaN included
-            self.k, self.v = (x.masked_fill(~self.valid[..., None], 0) for x in (self.k, self.v))
-            hidden = ~self.kept_valid[..., None]
-            self.kept_k, self.kept_v = (x.masked_fill(hidden, 0) for x in (self.kept_k, self.kept_v))
+            if key_mask is not None:  # what it hides must not reach anyone, NaN included
+                hidden, kept_hidden = ~self.valid[..., None], ~self.kept_valid[..., None]
+                self.k, self.v = (x.masked_fill(hidden, 0) for x in (self.k, self.v))
+                self.kept_k, self.kept_v = (x.masked_fill(kept_hidden, 0) for x in (self.kept_k, self.kept_v))
 
     def steps(self):
         for start in range(0, self.q.shape[0], self.size):
