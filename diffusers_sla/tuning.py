@@ -253,7 +253,7 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
         shapes = [{"block_m": m, "block_n": n} for m in tiles for n in tiles if _fits(name, m, n, blkq, blkk)]
     row = launch.block_d(q.shape[-1]) * q.element_size()
     for shape, pipeline in itertools.product(shapes, pipelines):
-        trial = replace(default, **shape, **pipeline)
+        trial = replace(default, **shape, **pipeline, gluon=False)
         if name in ("forward_config", "dq_config", "dkdv_config"):
             fixed, streamed = (
                 (trial.block_n, trial.block_m) if name == "dkdv_config" else (trial.block_m, trial.block_n)
