@@ -1,0 +1,63 @@
+"""Hopper's forward on a Hopper GPU; that it compiles is in test_launch.py."""
+
+import random
+
+import pytest
+import torch
+from cases import Case, check
+
+from diffusers_sla.kernel import forward, launch
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """How many launches the kernel had; another of the forward fails."""
+    if not torch.cuda.is_available() or not launch.has_gluon(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU")
+    from diffusers_sla.kernel import hopper
+
+    class Counted(type(hopper._hopper_fwd_kernel)):
+        def __getitem__(self, grid):
+            counts.append(grid)
+            return super().__getitem__(grid)
+
+    counts = []
+    monkeypatch.setattr(hopper._hopper_fwd_kernel, "__class__", Counted)
+    monkeypatch.setattr(forward, "_sparse_fwd_kernel", None)
+    return counts
+
+
+def any_case(seed):
+    draw = random.Random(seed)
+    Hkv = draw.choice([1, 2, 3])
+    Lq = draw.randint(8, 700)
+    Lk = draw.choice([Lq, draw.randint(8, 700)])
+    return Case(
+        B=draw.choice([1, 2]), H=Hkv * draw.choice([1, 1, 2]), Hkv=Hkv, Lq=Lq, Lk=Lk, D=draw.choice([64, 128]),
+        dtype=draw.choice([torch.float16, torch.bfloat16]), topk=draw.choice([0.05, 0.2, 0.5, 1.0]),
+        blkq=draw.choice([64, 128]), blkk=64, feature_map=draw.choice(["softmax", "softmax", "elu", "relu"]),
+        linear=draw.choice(["all", "all", "marginal", "none"]), scale=draw.choice([None, None, 0.3]),
+        keep_q=(draw.choice([0, Lq // 4]), draw.choice([0, Lq // 3])),
+        keep_k=(draw.choice([0, Lk // 4]), draw.choice([0, Lk // 3])), blhd=draw.random() < 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_random_configurations(seed, launches):
+    check(any_case(seed), "triton", "cuda")
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("edge", [(64, 64), (1, 1), (65, 63), (128, 640), (1, 300)])
+def test_whole_ragged_and_single_tokens(D, edge, launches):
+    Lq, Lk = edge
+    check(Case(Lq=Lq, Lk=Lk, D=D, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64), "triton", "cuda")
+    assert len(launches) == 1
+
+
+def test_large_scores_stay_finite():
+    case = Case(Lq=300, Lk=300, D=128, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64, size=30.0)
+    check(case, "triton", "cuda")
