@@ -40,6 +40,18 @@ def _copy(tile, pointers, mask=None):
 
 
 @gluon.jit
+def _place(stride: gl.constexpr, D: gl.constexpr):
+    """Offsets of a [64, D] tile of rows, int64. What a thread adds from one of its rows to the next is a constant."""
+    ROWS: gl.constexpr = 1024 // D
+    L3: gl.constexpr = gl.BlockedLayout([64 // ROWS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
+    part = gl.arange(0, 64 // ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L3))).to(gl.int64)[:, None, None]
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, L3))).to(gl.int64)[None, :, None]
+    c = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, None, :]
+    at = ((r * stride + c) + part * (ROWS * stride)).reshape([64, D])
+    return gl.max_contiguous(gl.multiple_of(at, [8, 8]), [1, 8])
+
+
+@gluon.jit
 def _listed(blocks, at, is_kept, KEEP_Q: gl.constexpr):
     """The block at that place of a query block's list; kept queries have none."""
     if KEEP_Q:
@@ -85,11 +97,11 @@ def _softmax(s, acc, row_sum, row_max, scale_log2, MASKED: gl.constexpr, ROWS: g
 @gluon.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "M_BLOCKS", "topk", "eps"])  # fmt: skip  # noqa: E501
 def _hopper_fwd_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, m_ptr, z_ptr, bias_ptr, o_ptr, o_s_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_vb, stride_vh,
     stride_ob, stride_oh, stride_ol,
     H, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows,
     topk, scale_log2, eps,
-    GROUP: gl.constexpr, M_GROUP: gl.constexpr, D: gl.constexpr, BLKQ: gl.constexpr, PHI: gl.constexpr,
+    stride_kl: gl.constexpr, stride_vl: gl.constexpr, GROUP: gl.constexpr, M_GROUP: gl.constexpr, D: gl.constexpr, BLKQ: gl.constexpr, PHI: gl.constexpr,
     KEEP_Q: gl.constexpr, HAS_LINEAR: gl.constexpr, HAS_BIAS: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """As `_sparse_fwd_kernel`, whose arguments these are, with BLOCK_M = BLOCK_N = BLKK = 64, D 64 or 128."""
@@ -126,8 +138,8 @@ def _hopper_fwd_kernel(
     # The keys of whole blocks: a query block's list; for kept queries all there are.
     k_base = k_ptr + b * stride_kb + h_kv * stride_kh
     v_base = v_ptr + b * stride_vb + h_kv * stride_vh
-    k_tile = r[:, None] * stride_kl + c[None, :]
-    v_tile = r[:, None] * stride_vl + c[None, :]
+    k_tile = _place(stride_kl, D)
+    v_tile = _place(stride_vl, D)
     blocks = indices_ptr + (bh * num_q_blocks + block) * topk
     last = k_first + _listed(blocks, topk - 1, is_kept, KEEP_Q) * 64  # the list ascends, so only its last block may be ragged
     num_ragged = (last + 64 > k_end).to(gl.int32)
@@ -178,10 +190,9 @@ def _hopper_fwd_kernel(
         if kept_step < 0:
             first = last
             end = k_end
-        there = (first + r < end)[:, None]
         at = first.to(gl.int64)
-        _copy(k, k_base + at * stride_kl + k_tile, there)
-        _copy(v, v_base + at * stride_vl + v_tile, there)
+        _copy(k, k_base + at * stride_kl + k_tile, gl.convert_layout((first + r < end)[:, None], k_tile.type.layout))
+        _copy(v, v_base + at * stride_vl + v_tile, gl.convert_layout((first + r < end)[:, None], k_tile.type.layout))
         _arrived(1)
         s = gl.where((first + n < end)[None, :], _scores(q, k, zero), float("-inf"))
         p, acc, row_sum, row_max = _softmax(s, acc, row_sum, row_max, scale_log2, True, O_ROWS)
