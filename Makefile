@@ -40,7 +40,7 @@ test-gpu:
 	$(PYTHON) -m pytest tests/kernel -m "gpu or not gpu"
 
 # A small set of them under compute-sanitizer: reads and writes out of bounds, and races in shared memory.
-SANITIZED := $(addprefix tests/kernel/test_,sparse.py selection.py prepare.py projection.py) -k "match or definition or tile or inverse or averaged or sums or added"
+SANITIZED := $(addprefix tests/kernel/test_,sparse.py selection.py prepare.py projection.py hopper.py) -k "match or definition or tile or inverse or averaged or sums or added or whole"
 sanitize-gpu:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest $(SANITIZED)

@@ -141,7 +141,9 @@ def _hopper_fwd_kernel(
     k_tile = _place(stride_kl, D)
     v_tile = _place(stride_vl, D)
     blocks = indices_ptr + (bh * num_q_blocks + block) * topk
-    last = k_first + _listed(blocks, topk - 1, is_kept, KEEP_Q) * 64  # the list ascends, so only its last block may be ragged
+    last = (
+        k_first + _listed(blocks, topk - 1, is_kept, KEEP_Q) * 64
+    )  # the list ascends, so only its last block may be ragged
     num_ragged = (last + 64 > k_end).to(gl.int32)
     front_end = k_first
     back = k_end

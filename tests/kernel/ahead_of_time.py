@@ -58,7 +58,9 @@ class Compiled:
                 signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(self.kernel, signature, constexprs, attributes)
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
+            self.kernel, signature, constexprs, attributes
+        )
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         options |= {"maxnreg": maxnreg} if maxnreg else {}
         self.made.append((self.kernel.__name__, compile(source, target=self.target, options=options).metadata.shared))
