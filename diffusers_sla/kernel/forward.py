@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
 from .launch import block_d, cdiv, forward_config, sparse_precision
+from .plan import aligned
 
 
 @triton.jit
@@ -338,7 +339,8 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     fq = q if fq is None else fq
     linear = m is not None
     scale_log2 = max(abs(scale) * math.log2(math.e), 1e-30)  # never 0: it multiplies -inf
-    if config.gluon and key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0:
+    served = key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0
+    if config.gluon and served and all(map(aligned, (q, k, v))):
         from .hopper import REGISTERS, _hopper_fwd_kernel
 
         run.launch(

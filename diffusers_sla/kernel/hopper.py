@@ -2,7 +2,8 @@
 
 Triton loads a tile ahead into a buffer of its own, which leaves room for two programs on a multiprocessor. Here keys
 and values have one buffer each, that is filled again as soon as it has been read: three programs (four at head size
-64) hide each other's waiting. Not for key masks, hedgehog, proj_s and scales below 0: those take the Triton kernel.
+64) hide each other's waiting. Not for key masks, hedgehog, proj_s, scales below 0, and rows that do not begin at
+multiples of 16 bytes: those take the Triton kernel.
 """
 
 from triton.experimental import gluon
@@ -101,7 +102,8 @@ def _hopper_fwd_kernel(
     stride_ob, stride_oh, stride_ol,
     H, M_BLOCKS, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows,
     topk, scale_log2, eps,
-    stride_kl: gl.constexpr, stride_vl: gl.constexpr, GROUP: gl.constexpr, M_GROUP: gl.constexpr, D: gl.constexpr, BLKQ: gl.constexpr, PHI: gl.constexpr,
+    stride_kl: gl.constexpr, stride_vl: gl.constexpr, GROUP: gl.constexpr, M_GROUP: gl.constexpr,
+    D: gl.constexpr, BLKQ: gl.constexpr, PHI: gl.constexpr,
     KEEP_Q: gl.constexpr, HAS_LINEAR: gl.constexpr, HAS_BIAS: gl.constexpr, SAVE: gl.constexpr,
 ):  # fmt: skip
     """As `_sparse_fwd_kernel`, whose arguments these are, with BLOCK_M = BLOCK_N = BLKK = 64, D 64 or 128."""

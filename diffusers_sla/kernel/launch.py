@@ -48,8 +48,8 @@ REST = 2048  # for what is not a tile of q, k, v or dO
 class Launch:
     """num_warps, num_stages: as in Triton; registers: at most so many a thread, None as the compiler likes. block_m,
     block_n: rows and columns of a tile of scores. block_r, block_c: tile of a [D, D] matrix. rows: rows per program or
-    step. programs: about how many programs share the work. fusion: whether a product and a sum may round once. gluon: the
-    kernel of hopper.py, where it can take the call."""
+    step. programs: about how many programs share the work. fusion: whether a product and a sum may round once.
+    gluon: the kernel of hopper.py, where it can take the call."""
 
     num_warps: int = 4
     num_stages: int = 2

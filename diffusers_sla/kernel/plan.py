@@ -36,8 +36,9 @@ class Now:
 class Buffer:
     """A tensor that is not there yet: the bytes from `offset` on of tensor number `at` of a call."""
 
-    def __init__(self, shape, dtype, device, strides=None, at=None, offset=0):
+    def __init__(self, shape, dtype, device, strides=None, at=None, offset=0, shift=0):
         self.shape, self.dtype, self.device, self.at, self.offset = tuple(shape), dtype, device, at, offset
+        self.shift = shift  # the address modulo 16
         self.strides = _contiguous(self.shape) if strides is None else strides
         self.size = math.prod(self.shape) * dtype.itemsize
 
@@ -73,6 +74,12 @@ def _aligned(size):
     return (size + ALIGN - 1) // ALIGN * ALIGN
 
 
+def aligned(x):
+    """Whether rows of a tensor [B, H, L, D] begin at multiples of 16 bytes, as Triton can tell: by strides of 16."""
+    shift = x.shift if isinstance(x, Buffer) else x.data_ptr() % 16
+    return shift == 0 and all(stride % 16 == 0 for stride in x.stride()[:3])
+
+
 def layout(x):
     """All that a plan needs to know of a tensor. Triton compiles for addresses that are multiples of 16, or not."""
     return None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16)
@@ -91,7 +98,9 @@ class Plan:
 
     def __init__(self, device, layouts):
         self.device = device
-        self.given = [None if x is None else Buffer(x[1], x[0], device, x[2], at) for at, x in enumerate(layouts)]
+        self.given = [
+            None if x is None else Buffer(x[1], x[0], device, x[2], at, 0, x[3]) for at, x in enumerate(layouts)
+        ]
         self.shared = Parts(device, len(layouts))
         self.scratch: list = []
         # A given tensor with room for scratch until a launch takes it: one that only the last writes.

@@ -1,4 +1,4 @@
-"""Hopper's forward on a Hopper GPU; that it compiles is in test_launch.py."""
+"""Hopper's forward: what it is launched for, what it computes on a Hopper GPU. That it compiles: test_launch.py."""
 
 import random
 
@@ -8,10 +8,44 @@ from cases import Case, check
 
 from diffusers_sla.kernel import forward, launch, sla_attention
 
-pytestmark = pytest.mark.gpu
+
+class Launched:
+    """Stands for a run: keeps the kernel's name."""
+
+    def launch(self, kernel, *_, **__):
+        self.name = kernel.__name__
+
+    def empty(self, shape, dtype=torch.float32, strides=None):
+        return torch.empty(shape, dtype=dtype)
 
 
-@pytest.fixture(autouse=True)
+def launched_for(q=None, D=128, dtype=torch.bfloat16, blkq=64, blkk=64, mask=None, a=None, phi="softmax", scale=0.1):
+    k = torch.zeros(1, 2, 256, D, dtype=dtype)
+    q, run, m = k if q is None else q, Launched(), torch.zeros(1, 2, 1, D, D, dtype=dtype)
+    indices = torch.zeros(1, 2, 256 // blkq, 1, dtype=torch.int32)
+    forward.sparse_fwd(
+        run, q, k, k, None, indices, mask, m, m, a, None, torch.empty_like(q), None, None,
+        blkq, blkk, (0, 0), (3, 5), phi, scale, 1e-5,
+    )  # fmt: skip
+    return run.name
+
+
+def test_it_takes_what_it_can(monkeypatch):
+    assert launched_for() == "_sparse_fwd_kernel"
+    monkeypatch.setattr(launch, "has_gluon", lambda device: True)
+    rows = torch.zeros(256 * 136 + 8, dtype=torch.bfloat16)
+    for served in ({}, {"D": 64}, {"dtype": torch.float16}, {"blkq": 128}, {"phi": "elu"}):
+        assert launched_for(**served) == "_hopper_fwd_kernel", served
+    for other in (
+        {"D": 96}, {"D": 256}, {"dtype": torch.float32}, {"blkq": 32}, {"blkk": 128}, {"phi": "hedgehog"},
+        {"scale": -0.1}, {"mask": torch.ones(1, 256, dtype=torch.bool)}, {"a": torch.eye(128)},
+        {"q": rows.as_strided((1, 2, 128, 128), (256 * 136, 128 * 136, 136, 1))},
+        {"q": rows[1:].as_strided((1, 2, 128, 128), (2 * 128 * 128, 128 * 128, 128, 1))},
+    ):  # fmt: skip
+        assert launched_for(**other) == "_sparse_fwd_kernel", other
+
+
+@pytest.fixture
 def launches(monkeypatch):
     """How many launches the kernel had; another of the forward fails."""
     if not torch.cuda.is_available() or not launch.has_gluon(torch.device("cuda")):
@@ -44,12 +78,14 @@ def any_case(seed):
     )  # fmt: skip
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(100))
 def test_random_configurations(seed, launches):
     check(any_case(seed), "triton", "cuda")
     assert len(launches) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("edge", [(64, 64), (1, 1), (65, 63), (128, 640), (1, 300)])
 def test_whole_ragged_and_single_tokens(D, edge, launches):
@@ -58,13 +94,15 @@ def test_whole_ragged_and_single_tokens(D, edge, launches):
     assert len(launches) == 1
 
 
-def test_large_scores_stay_finite():
+@pytest.mark.gpu
+def test_large_scores_stay_finite(launches):
     case = Case(Lq=300, Lk=300, D=128, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64, size=30.0)
     check(case, "triton", "cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128])
-def test_every_run_gives_the_same_bits(D):
+def test_every_run_gives_the_same_bits(D, launches):
     torch.manual_seed(0)
     q, k, v, do = (torch.randn(1, 8, 2000, D, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     weight = torch.randn(D, D, device="cuda")
