@@ -35,7 +35,7 @@ def _phi(x, top, PHI: gl.constexpr):
 
 @gluon.jit
 def _copy(tile, pointers, mask=None):
-    """Start filling a tile of shared memory; what is masked becomes 0 or stays."""
+    """Start filling a tile of shared memory; what is masked becomes 0."""
     _load(tile, pointers, mask)
     async_copy.commit_group()
 
