@@ -93,6 +93,8 @@ def tune(
     apart = device.type == "cuda"
     with Workers(jobs if apart else 0, _compiles) as compilers, Workers(1 if apart else 0, _times) as timer:
         for what, chosen, sizes in _kernels(calls.blkq, calls.blkk):
+            if chosen.__name__ == "forward_config" and launch.takes_gluon(q, *sizes):
+                continue  # hopper.py's kernel has one tile
             key = launch.table_key(chosen, q, *sizes)
             default, usual = chosen(q, *sizes), dict(table)
             trials = list(_trials(chosen.__name__, default, q, *sizes))
@@ -253,7 +255,7 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
         shapes = [{"block_m": m, "block_n": n} for m in tiles for n in tiles if _fits(name, m, n, blkq, blkk)]
     row = launch.block_d(q.shape[-1]) * q.element_size()
     for shape, pipeline in itertools.product(shapes, pipelines):
-        trial = replace(default, **shape, **pipeline, gluon=False)
+        trial = replace(default, **shape, **pipeline)
         if name in ("forward_config", "dq_config", "dkdv_config"):
             fixed, streamed = (
                 (trial.block_n, trial.block_m) if name == "dkdv_config" else (trial.block_m, trial.block_n)

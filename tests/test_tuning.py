@@ -71,6 +71,9 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     names = ["prepare 16x4 32x1", "forward 16x4 32x32", "linear_q 16x4 1", "linear_k 16x4 1", "dq 16x4 32x32", "dkdv 16x4 32x32"]  # fmt: skip  # noqa: E501
     assert [f.key for f in found] == names
     assert [f.tried for f in found] == [0, 1, 0, 0, 0, 1]
+    monkeypatch.setattr(launch, "takes_gluon", lambda *_: True)
+    found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
+    assert [f.key for f in found] == names[:1] + names[2:]
 
 
 def outcome_of(work):

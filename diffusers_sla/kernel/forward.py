@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
-from .launch import block_d, cdiv, forward_config, sparse_precision
+from .launch import block_d, cdiv, forward_config, sparse_precision, takes_gluon
 from .plan import aligned
 
 
@@ -328,6 +328,12 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
+    usual = key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0
+    if usual and all(map(aligned, (q, k, v))) and takes_gluon(q, blkq, blkk):
+        from .hopper import hopper_fwd
+
+        hopper_fwd(run, q, k, v, indices, m, z, bias, o, o_s, lse, blkq, keep_q, keep_k, feature_map, scale, eps)
+        return
     config = forward_config(q, blkq, blkk)
     BLOCK_D = block_d(D)
     save = o_s is not None
@@ -338,31 +344,14 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     num_kept = num_front + num_back
     fq = q if fq is None else fq
     linear = m is not None
-    scale_log2 = max(abs(scale) * math.log2(math.e), 1e-30)  # never 0: it multiplies -inf
-    served = key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0
-    if config.gluon and served and all(map(aligned, (q, k, v))):
-        from .hopper import REGISTERS, _hopper_fwd_kernel
-
-        run.launch(
-            _hopper_fwd_kernel, (num_kept + num_q_blocks * (blkq // BLOCK_M), H, B),
-            q, k, v, indices, m, z, bias, o, o_s, lse,
-            *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *o.stride()[:3],
-            H, m.shape[2] if linear else 1,
-            Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks,
-            num_rows(Lq, blkq), topk, scale_log2, eps,
-            stride_kl=k.stride()[2], stride_vl=v.stride()[2], GROUP=H // Hkv, M_GROUP=H // m.shape[1] if linear else 1,
-            D=D, BLKQ=blkq, PHI=feature_map,
-            KEEP_Q=num_kept > 0, HAS_LINEAR=linear, HAS_BIAS=bias is not None, SAVE=save,
-            num_warps=4, maxnreg=REGISTERS[D],
-        )  # fmt: skip
-        return
     run.launch(
         _sparse_fwd_kernel, (num_kept + num_q_blocks * (blkq // BLOCK_M), H, B),
         q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *fq.stride()[:3], *o.stride()[:3],
         H, m.shape[2] if linear else 1,
         Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks,
-        num_rows(Lq, blkq), topk, scale_log2, eps,
+        num_rows(Lq, blkq), topk,
+        max(abs(scale) * math.log2(math.e), 1e-30), eps,  # never 0: it multiplies -inf
         GROUP=H // Hkv, M_GROUP=H // m.shape[1] if linear else 1,
         D=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=config.block_n, BLOCK_R=min(config.block_r, BLOCK_D),
         BLKQ=blkq, BLKK=blkk, PHI=feature_map, NUM_HALVES=HALVES[feature_map], NEGATIVE=scale < 0,

@@ -6,10 +6,15 @@ and values have one buffer each, that is filled again as soon as it has been rea
 multiples of 16 bytes: those take the Triton kernel.
 """
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from .forward import num_rows
+from .launch import cdiv
 
 # Its name as of Triton 3.9, and before.
 _load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -49,7 +54,7 @@ def _place(stride: gl.constexpr, D: gl.constexpr):
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, L3))).to(gl.int64)[None, :, None]
     c = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, None, :]
     at = ((r * stride + c) + part * (ROWS * stride)).reshape([64, D])
-    return gl.max_contiguous(gl.multiple_of(at, [8, 8]), [1, 8])
+    return gl.max_contiguous(gl.multiple_of(at, [1, 8]), [1, 8])
 
 
 @gluon.jit
@@ -205,10 +210,11 @@ def _hopper_fwd_kernel(
         acc = _add(p, v, acc)
 
     o_at = b * stride_ob + h * stride_oh + rows * stride_ol + c[None, :]
-    den = gl.convert_layout(row_sum, O_ROWS)
+    empty = row_sum == 0.0
+    den = gl.convert_layout(gl.where(empty, 1.0, row_sum), O_ROWS)
     if SAVE:
         s_rows = row + gl.arange(0, 64, layout=S_ROWS)
-        lse = gl.log2(row_sum) + row_max * scale_log2
+        lse = gl.where(empty, float("inf"), gl.log2(row_sum) + row_max * scale_log2)
         if KEEP_Q:
             gl.store(lse_ptr + bh * num_rows + s_rows, lse, mask=s_rows < row_end)
         else:  # the rows that fill up the last block, too: p = 0 in the backward
@@ -260,3 +266,25 @@ def _hopper_fwd_kernel(
             bias = gl.where(is_kept, 0.0, bias)
         o += bias[None, :]
     gl.store(o_ptr + o_at, gl.convert_layout(o.to(dtype), BLOCKED), mask=inside)
+
+
+def hopper_fwd(run, q, k, v, indices, m, z, bias, o, o_s, lse, blkq, keep_q, keep_k, feature_map, scale, eps):
+    """`sparse_fwd` of a call that this kernel takes."""
+    B, H, Lq, D = q.shape
+    Hkv, Lk = k.shape[1:3]
+    num_q_blocks, topk = indices.shape[2:]
+    num_front, num_back = cdiv(keep_q[0], 64), cdiv(keep_q[1], 64)
+    num_kept = num_front + num_back
+    run.launch(
+        _hopper_fwd_kernel, (num_kept + num_q_blocks * (blkq // 64), H, B),
+        q, k, v, indices, m, z, bias, o, o_s, lse,
+        *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], *o.stride()[:3],
+        H, 1 if m is None else m.shape[2],
+        Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1], num_front, num_kept, num_q_blocks,
+        num_rows(Lq, blkq), topk,
+        max(scale * math.log2(math.e), 1e-30), eps,  # never 0: it multiplies -inf
+        stride_kl=k.stride()[2], stride_vl=v.stride()[2],
+        GROUP=H // Hkv, M_GROUP=1 if m is None else H // m.shape[1], D=D, BLKQ=blkq, PHI=feature_map,
+        KEEP_Q=num_kept > 0, HAS_LINEAR=m is not None, HAS_BIAS=bias is not None, SAVE=o_s is not None,
+        num_warps=4, maxnreg=REGISTERS[D],
+    )  # fmt: skip

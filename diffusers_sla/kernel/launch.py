@@ -48,8 +48,7 @@ REST = 2048  # for what is not a tile of q, k, v or dO
 class Launch:
     """num_warps, num_stages: as in Triton; registers: at most so many a thread, None as the compiler likes. block_m,
     block_n: rows and columns of a tile of scores. block_r, block_c: tile of a [D, D] matrix. rows: rows per program or
-    step. programs: about how many programs share the work. fusion: whether a product and a sum may round once.
-    gluon: the kernel of hopper.py, where it can take the call."""
+    step. programs: about how many programs share the work. fusion: whether a product and a sum may round once."""
 
     num_warps: int = 4
     num_stages: int = 2
@@ -61,7 +60,6 @@ class Launch:
     programs: int = 264
     registers: Optional[int] = None
     fusion: bool = True
-    gluon: bool = False
 
     @property
     def options(self):
@@ -84,11 +82,21 @@ def shared_memory(device):
 @functools.lru_cache(maxsize=None)
 def has_gluon(device):
     """Whether the kernel of hopper.py runs there: a Hopper GPU, and a Triton that it was compiled with."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
         return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and knows_gluon()
+
+
+def knows_gluon():
+    """Whether this Triton has Gluon as hopper.py is written in it: the dialect still changes."""
     import triton
 
-    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)  # the dialect still changes
+    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
+
+
+def takes_gluon(q, blkq, blkk):
+    """Whether the forward of usual calls of these sizes is hopper.py's, which has one tile, not `forward_config`'s."""
+    return q.element_size() == 2 and q.shape[-1] in (64, 128) and blkq >= 64 == blkk and has_gluon(q.device)
 
 
 def table_path():
@@ -237,7 +245,6 @@ def forward_config(q, blkq, blkk):
         block_r=_block_r(q),
         registers=_registers(q),
         fusion=_fusion(q),
-        gluon=q.element_size() == 2 and q.shape[-1] in (64, 128) and blkq >= 64 == blkk and has_gluon(q.device),
     )
 
 

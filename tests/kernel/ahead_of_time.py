@@ -12,11 +12,10 @@ import sys
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from diffusers_sla.kernel import backward, forward, hopper, launch, linear, prepare, projection, selection, sparse
+from diffusers_sla.kernel import backward, forward, launch, linear, prepare, projection, selection, sparse
 
-MODULES = (forward, hopper, backward, linear, prepare, projection, selection)
+MODULES = [forward, backward, linear, prepare, projection, selection]
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint32: "u32",
     torch.int8: "i8", torch.bool: "i1",
@@ -58,9 +57,10 @@ class Compiled:
                 signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
-            self.kernel, signature, constexprs, attributes
-        )
+        kind = ASTSource
+        if self.kernel.__name__ == "_hopper_fwd_kernel":
+            from triton.experimental.gluon._runtime import GluonASTSource as kind
+        source = kind(self.kernel, signature, constexprs, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         options |= {"maxnreg": maxnreg} if maxnreg else {}
         self.made.append((self.kernel.__name__, compile(source, target=self.target, options=options).metadata.shared))
@@ -85,7 +85,7 @@ def launches(D, dtype, blkq, blkk, feature_map, masked):
     settings = (blkq, blkk, feature_map, "all", (9, 0, 13, 17) if masked else (0, 0, 0, 0))
     o, memory = sparse._compute_forward(*inputs, 0.25, 0.0, 1.0, *settings, True)
     sparse._compute_backward(o, *inputs, memory, 0.25, 1.0, *settings)
-    if launch.forward_config(q, blkq, blkk).gluon:
+    if launch.takes_gluon(q, blkq, blkk):
         inputs = (*inputs[:5], None, *inputs[6:])
         for linear, keep, save in itertools.product(("all", "none"), ((0, 0, 0, 0), (9, 0, 13, 17)), (False, True)):
             given = inputs if linear == "all" else (*inputs[:3], None, None, *inputs[5:])
@@ -102,7 +102,11 @@ def main(backend, arch, count=None):
             module.PRECISION = "ieee"
         projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
-    launch.has_gluon = lambda device: arch == "90"
+    if arch == "90":
+        from diffusers_sla.kernel import hopper
+
+        launch.has_gluon = lambda device: True
+        MODULES.append(hopper)
     made: list[tuple[str, int]] = []
     for module in MODULES:
         for name in [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]:

@@ -32,6 +32,8 @@ def launched_for(q=None, D=128, dtype=torch.bfloat16, blkq=64, blkk=64, mask=Non
 
 def test_it_takes_what_it_can(monkeypatch):
     assert launched_for() == "_sparse_fwd_kernel"
+    if not launch.knows_gluon():
+        pytest.skip("this Triton has another Gluon")
     monkeypatch.setattr(launch, "has_gluon", lambda device: True)
     rows = torch.zeros(256 * 136 + 8, dtype=torch.bfloat16)
     for served in ({}, {"D": 64}, {"dtype": torch.float16}, {"blkq": 128}, {"phi": "elu"}):
