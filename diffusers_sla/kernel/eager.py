@@ -13,7 +13,7 @@ import torch.nn.functional as F
 EPS = 1e-5
 SOFTMAX_MAPS = ("softmax", "hedgehog")
 # Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in cache, also of a busy machine.
-STEP_BYTES = 4 << 20
+STEP_BYTES = 8 << 20
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
