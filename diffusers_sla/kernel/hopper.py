@@ -148,9 +148,8 @@ def _hopper_fwd_kernel(
     k_tile = _place(stride_kl, D)
     v_tile = _place(stride_vl, D)
     blocks = indices_ptr + (bh * num_q_blocks + block) * topk
-    last = (
-        k_first + _listed(blocks, topk - 1, is_kept, KEEP_Q) * 64
-    )  # the list ascends, so only its last block may be ragged
+    # The list ascends, so only its last block may be ragged.
+    last = k_first + _listed(blocks, topk - 1, is_kept, KEEP_Q) * 64
     num_ragged = (last + 64 > k_end).to(gl.int32)
     front_end = k_first
     back = k_end
@@ -200,8 +199,9 @@ def _hopper_fwd_kernel(
             first = last
             end = k_end
         at = first.to(gl.int64)
-        _copy(k, k_base + at * stride_kl + k_tile, gl.convert_layout((first + r < end)[:, None], k_tile.type.layout))
-        _copy(v, v_base + at * stride_vl + v_tile, gl.convert_layout((first + r < end)[:, None], k_tile.type.layout))
+        there = gl.convert_layout((first + r < end)[:, None], k_tile.type.layout)
+        _copy(k, k_base + at * stride_kl + k_tile, there)
+        _copy(v, v_base + at * stride_vl + v_tile, there)
         _arrived(1)
         s = gl.where((first + n < end)[None, :], _scores(q, k, zero), float("-inf"))
         p, acc, row_sum, row_max = _softmax(s, acc, row_sum, row_max, scale_log2, True, O_ROWS)
