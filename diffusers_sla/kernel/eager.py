@@ -159,14 +159,14 @@ def _add_linear_branch(
             else:
                 pieces = _marginal_blocks(*queries, h, z, rows[b, heads, g], blkq)
             if tracked:
-                results.append(target + torch.cat([_rows(f @ m, L) for _, f, m in pieces], 1))
+                results.append(target + torch.cat([(f @ m).flatten(1, -2)[:, :L] for _, f, m in pieces], 1))
                 continue
             for at, f, m in pieces:
                 piece = target[:, at].float()
                 if rows is None:
                     piece.baddbmm_(f, m)
                 else:
-                    piece += _rows(f @ m, L)
+                    piece += (f @ m).flatten(1, -2)[:, :L]
                 if bias is not carried:
                     piece += bias.float()
                 if target.dtype != piece.dtype:
@@ -175,11 +175,6 @@ def _add_linear_branch(
         slices_first = torch.stack(results).view(B, len(slices), q.shape[2], -1, *o.shape[2:])
         o = slices_first.transpose(2, 3).reshape(o.shape)
     return o if bias is carried or not tracked else o + bias.float()
-
-
-def _rows(x, length):
-    """[Hkv, num_blocks, block, D] -> [Hkv, length, D]; [Hkv, L, D] stays."""
-    return x.flatten(1, -2)[:, :length]
 
 
 def _all_blocks(q, feature_map, phi_q, bias, h, z):
@@ -215,7 +210,7 @@ def _block_sums(k, v, hidden, feature_map, phi_k, weight, blkk):
 def _key_features(k, v, hidden, feature_map, phi_k):
     f, v = _logits(k, feature_map, phi_k), v.float()
     if feature_map in SOFTMAX_MAPS:
-        f = f.softmax(-1)
+        f = _softmax(f, f is not k)
     return (f, v) if hidden is None else (f.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
 
 
@@ -237,8 +232,12 @@ def _weights(q, z, feature_map, phi_q):
     f = _logits(q, feature_map, phi_q)
     if feature_map not in SOFTMAX_MAPS:
         return f / (f @ z + EPS)
-    f = f + z
-    return f.softmax(-1) if f.requires_grad else torch.softmax(f, -1, out=f)
+    return _softmax(f + z if f is q else f.add_(z), True)
+
+
+def _softmax(x, own):
+    """Of the last dimension; in place where x is our `own` and no gradient passes it."""
+    return torch.softmax(x, -1, out=x) if own and not x.requires_grad else x.softmax(-1)
 
 
 def _logits(x, feature_map, weight):
@@ -342,9 +341,10 @@ class _Gather:
         listed = self.at.shape[1] * blkk
         sizes = (listed * D, listed * D, blkq * (E + listed))
         self.size = _even(self.at.shape[0], STEP_BYTES // (sum(sizes) * k.element_size()))
-        # One piece of memory for all steps: fresh pages would cost more than what is written into them, and malloc
-        # gives a piece back to the system once more than twice the largest is free.
-        room = k.new_empty(self.size * sum(sizes)).split([self.size * n for n in sizes])
+        # One piece of memory for all steps, never a small one: fresh pages would cost more than what is written into
+        # them, and malloc gives a piece back to the system once more than twice the largest is free.
+        room = k.new_empty(max(self.size * sum(sizes), STEP_BYTES // k.element_size()))
+        room = room[: self.size * sum(sizes)].split([self.size * n for n in sizes])
         self.room = [x.view(-1, blkk, D) for x in room[:2]]
         self.scores = room[2].view(-1, blkq, E + listed)
         self.valid: Optional[torch.Tensor] = None
