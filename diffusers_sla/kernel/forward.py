@@ -328,8 +328,8 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
-    usual = key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0
-    if usual and all(map(aligned, (q, k, v))) and takes_gluon(q, blkq, blkk):
+    usual = key_mask is None and a is None and feature_map != "hedgehog" and scale >= 0 and blkq >= 64 == blkk
+    if usual and all(map(aligned, (q, k, v))) and takes_gluon(q):
         from .hopper import hopper_fwd
 
         hopper_fwd(run, q, k, v, indices, m, z, bias, o, o_s, lse, blkq, keep_q, keep_k, feature_map, scale, eps)

@@ -46,14 +46,16 @@ def _copy(tile, pointers, mask=None):
 
 
 @gluon.jit
-def _place(stride: gl.constexpr, D: gl.constexpr):
-    """Offsets of a [64, D] tile of rows, int64. What a thread adds from one of its rows to the next is a constant."""
-    ROWS: gl.constexpr = 1024 // D
-    L3: gl.constexpr = gl.BlockedLayout([64 // ROWS, 1, 8], [1, 256 // D, D // 8], [1, 4, 1], [2, 1, 0])
-    part = gl.arange(0, 64 // ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, L3))).to(gl.int64)[:, None, None]
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, L3))).to(gl.int64)[None, :, None]
+def _place(stride: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr = 64):
+    """Offsets of a [ROWS, D] tile of rows, int64, for ROWS // 16 warps. What a thread adds from one of its rows to the
+    next is a constant."""
+    STEP: gl.constexpr = 16 * ROWS // D
+    W: gl.constexpr = ROWS // 16
+    L3: gl.constexpr = gl.BlockedLayout([ROWS // STEP, 1, 8], [1, 256 // D, D // 8], [1, W, 1], [2, 1, 0])
+    part = gl.arange(0, ROWS // STEP, layout=gl.SliceLayout(1, gl.SliceLayout(2, L3))).to(gl.int64)[:, None, None]
+    r = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(2, L3))).to(gl.int64)[None, :, None]
     c = gl.arange(0, D, layout=gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, None, :]
-    at = ((r * stride + c) + part * (ROWS * stride)).reshape([64, D])
+    at = ((r * stride + c) + part * (STEP * stride)).reshape([ROWS, D])
     return gl.max_contiguous(gl.multiple_of(at, [1, 8]), [1, 8])
 
 

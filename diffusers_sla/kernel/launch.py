@@ -81,22 +81,23 @@ def shared_memory(device):
 
 @functools.lru_cache(maxsize=None)
 def has_gluon(device):
-    """Whether the kernel of hopper.py runs there: a Hopper GPU, and a Triton that it was compiled with."""
+    """Whether the kernels in Gluon run there: a Hopper GPU, and a Triton that they were compiled with."""
     if device.type != "cuda" or torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1":
         return False
     return torch.cuda.get_device_capability(device) == (9, 0) and knows_gluon()
 
 
 def knows_gluon():
-    """Whether this Triton has Gluon as hopper.py is written in it: the dialect still changes."""
+    """Whether this Triton has Gluon as the kernels are written in it: the dialect still changes."""
     import triton
 
     return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 10)
 
 
-def takes_gluon(q, blkq, blkk):
-    """Whether the forward of usual calls of these sizes is hopper.py's, which has one tile, not `forward_config`'s."""
-    return q.element_size() == 2 and q.shape[-1] in (64, 128) and blkq >= 64 == blkk and has_gluon(q.device)
+def takes_gluon(q):
+    """Whether usual calls of this head size and dtype go to the kernels of hopper.py and hopper_linear.py, which have
+    one tile each."""
+    return q.element_size() == 2 and q.shape[-1] in (64, 128) and has_gluon(q.device)
 
 
 def table_path():

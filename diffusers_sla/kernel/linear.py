@@ -14,7 +14,8 @@ import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
-from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config
+from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, takes_gluon
+from .plan import aligned
 
 EPS = 1e-5
 
@@ -277,8 +278,12 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     Returns dM [B, H, n, D, F], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
     of queries, or of the query blocks when `per_block` (dM in x's dtype then).
     """
-    B, H, Lq, D = x.shape
     halves = HALVES[feature_map]
+    if not per_block and halves == 1 and all(map(aligned, (x, do, dx))) and takes_gluon(x):
+        from .hopper_linear import hopper_linear_bwd_q
+
+        return hopper_linear_bwd_q(run, x, do, m, z, dx, keep_q, feature_map, eps)
+    B, H, Lq, D = x.shape
     config = linear_q_config(x, halves)
     block_m = min(blkq, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lq - sum(keep_q), block_m)
@@ -304,8 +309,15 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
     weights: dM and H [B, Hkv, F, D], shares of b's gradient, and where the gradients of W and b (or None) go; None
     leaves those to others.
     """
+    halves = HALVES[feature_map]
+    usual = weights is not None and key_mask is None and halves == 1
+    if usual and all(map(aligned, (x, v, dx, dv))) and takes_gluon(x):
+        from .hopper_linear import hopper_linear_bwd_k
+
+        hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
+        return
     B, Hkv, Lk, D = x.shape
-    config = linear_k_config(x, HALVES[feature_map])
+    config = linear_k_config(x, halves)
     per_block = dh.shape[2] > 1
     block_n = min(blkk, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lk - sum(keep_k), block_n)
@@ -321,6 +333,6 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
         D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=HALVES[feature_map], HAS_MASK=key_mask is not None, PRECISION=PRECISION,
+        NUM_HALVES=halves, HAS_MASK=key_mask is not None, PRECISION=PRECISION,
         WEIGHT_PROGRAMS=first, TILE=32, **config.options,
     )  # fmt: skip
