@@ -92,9 +92,7 @@ def tune(
     # On a GPU in processes of their own: what a tile that reads out of bounds breaks is a process.
     apart = device.type == "cuda"
     with Workers(jobs if apart else 0, _compiles) as compilers, Workers(1 if apart else 0, _times) as timer:
-        for what, chosen, sizes in _kernels(calls.blkq, calls.blkk):
-            if chosen.__name__ == "forward_config" and launch.takes_gluon(q, *sizes):
-                continue  # hopper.py's kernel has one tile
+        for what, chosen, sizes in _kernels(q, calls.blkq, calls.blkk):
             key = launch.table_key(chosen, q, *sizes)
             default, usual = chosen(q, *sizes), dict(table)
             trials = list(_trials(chosen.__name__, default, q, *sizes))
@@ -225,16 +223,20 @@ def _times(work: Work) -> Any:
     return _outcome(do)
 
 
-def _kernels(blkq, blkk):
-    """The pass that each kernel is timed in, its function in launch.py and the sizes that this takes."""
-    return (
+def _kernels(q, blkq, blkk):
+    """The pass that each kernel is timed in, its function in launch.py and the sizes that this takes; without those
+    in whose place a kernel in Gluon runs, which has one tile."""
+    kernels = [
         ("forward", launch.prepare_config, (blkk, 1)),
         ("forward", launch.forward_config, (blkq, blkk)),
         ("backward", launch.linear_q_config, (1,)),
         ("backward", launch.linear_k_config, (1,)),
         ("backward", launch.dq_config, (blkq, blkk)),
         ("backward", launch.dkdv_config, (blkq, blkk)),
-    )
+    ]
+    if launch.takes_gluon(q):
+        kernels = [kernels[i] for i in ((0, 4, 5) if blkq >= 64 == blkk else (0, 1, 4, 5))]
+    return kernels
 
 
 def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:

@@ -27,7 +27,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     default = launch.dq_config(q, 32, 32)
     wrong, better = Launch(num_warps=8, num_stages=1), Launch(num_warps=4, num_stages=4)
     key = launch.table_key(launch.dq_config, q, 32, 32)
-    monkeypatch.setattr(tuning, "_kernels", lambda blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
+    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
     monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([better, wrong]))
     monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
     times = {default: 4.0, wrong: 1.0, better: 2.0}
@@ -42,7 +42,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
 def test_where_nothing_is_faster_the_table_stays(monkeypatch):
     q = torch.empty(1, 1, 1, 16)
     default, slower = launch.dq_config(q, 32, 32), Launch(num_warps=8, num_stages=1)
-    monkeypatch.setattr(tuning, "_kernels", lambda blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
+    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
     monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([slower]))
     monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
     times = {default: 1.0, slower: 2.0}
@@ -73,7 +73,9 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     assert [f.tried for f in found] == [0, 1, 0, 0, 0, 1]
     monkeypatch.setattr(launch, "takes_gluon", lambda *_: True)
     found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
-    assert [f.key for f in found] == names[:1] + names[2:]
+    assert [f.key for f in found] == names[:2] + names[4:]
+    kernels = tuning._kernels(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16), 64, 64)
+    assert [chosen.__name__ for _, chosen, _ in kernels] == ["prepare_config", "dq_config", "dkdv_config"]
 
 
 def outcome_of(work):

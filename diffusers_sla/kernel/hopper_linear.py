@@ -14,11 +14,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from .hopper import _arrived, _load, _phi, _place
-from .launch import cdiv, chunk_size
+from .launch import cdiv
 
-# About how many programs share the work, and registers a thread, by head size: as many as are on the GPU together.
-Q_PROGRAMS, Q_REGISTERS = {64: 396, 128: 132}, {64: 168, 128: 255}
-K_PROGRAMS, K_REGISTERS = {64: 396, 128: 396}, {64: 168, 128: 168}
+# Programs that the GPU takes at a time, and registers a thread, by head size.
+Q_PROGRAMS, Q_REGISTERS = {64: 264, 128: 132}, {64: 168, 128: 255}
+K_PROGRAMS, K_REGISTERS = 396, 168
 
 
 @gluon.jit
@@ -71,6 +71,7 @@ def _hopper_linear_bwd_q_kernel(
     dos = gl.allocate_shared_memory(dtype, [2, D, D], SHARED)
     fs = gl.allocate_shared_memory(dtype, [D, D], SHARED)
     m = gl.allocate_shared_memory(dtype, [D, D], SHARED)
+    zs = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     chunk = gl.program_id(0)
     b, h = gl.program_id(2).to(gl.int64), gl.program_id(1).to(gl.int64)
@@ -87,10 +88,11 @@ def _hopper_linear_bwd_q_kernel(
     x_base = x_ptr + b * stride_xb + h * stride_xh
     do_base = do_ptr + b * stride_db + h * stride_dh
     dx_base = dx_ptr + b * stride_gb + h * stride_gh
-    at = first.to(gl.int64)
+    origin = first.to(gl.int64)
+    zs.store(gl.load(z_ptr + m_head * D + cols))
     _load(m, m_ptr + m_head * D * D + m_tile)
-    _load(xs.index(0), x_base + at * stride_xl + x_tile, r < end - first)
-    _load(dos.index(0), do_base + at * stride_dl + do_tile, r < end - first)
+    _load(xs.index(0), x_base + origin * stride_xl + x_tile, r < end - first)
+    _load(dos.index(0), do_base + origin * stride_dl + do_tile, r < end - first)
     async_copy.commit_group()
     zero = gl.zeros([D, D], gl.float32, O)
     dm = gl.zeros([D, D], gl.float32, O)
@@ -101,24 +103,36 @@ def _hopper_linear_bwd_q_kernel(
         slot = (start - first) // D % 2
         x = xs.index(slot)
         do = dos.index(slot)
-        at = start.to(gl.int64)
+        at = origin + (start - first)
         more = r < end - start - D
         _load(xs.index(1 - slot), x_base + (at + D) * stride_xl + x_tile, more)
         _load(dos.index(1 - slot), do_base + (at + D) * stride_dl + do_tile, more)
         async_copy.commit_group()
         _arrived(1)
         mdo = warpgroup_mma(do, m.permute((1, 0)), zero, use_acc=False, is_async=True)
-        f = _phi_of(x.load(O).to(gl.float32), PHI)
-        den = gl.sum(f * gl.load(z_ptr + m_head * D + cols)[None, :], 1)
-        inv = gl.where(den == 0.0, 0.0, 1.0 / (den + eps))
-        fs.store((f * inv[:, None]).to(dtype))
+        f = x.load(O).to(gl.float32)
+        z = zs.load(O_COLS)[None, :]
+        if PHI == "softmax":  # its sums are 1, so eps goes to z, and no sum is needed but that of the denominator
+            f = _phi(f, gl.max(f, 1), PHI)
+            inv = 1.0 / gl.sum(f * (z + eps), 1)
+        else:
+            f = _phi(f, gl.zeros([D], gl.float32, gl.SliceLayout(1, O)), PHI)
+            den = gl.sum(f * z, 1)
+            inv = gl.where(den == 0.0, 0.0, 1.0 / (den + eps))
+        f = f * inv[:, None]
+        fs.store(f.to(dtype))
         fence_async_shared()
         mdo = warpgroup_mma_wait(0, deps=[mdo])
         dm = warpgroup_mma(do.permute((1, 0)), fs, dm, is_async=True)
         # phi . M dO^T is O_l . dO times the denominator: no need of O_l itself.
-        g = gl.sum(f * mdo, 1) * inv
-        df = mdo * inv[:, None] - (g * inv)[:, None] * gl.load(z_ptr + m_head * D + cols)[None, :]
-        dx = _phi_backward(f, df, g * (1.0 - den * inv), PHI)
+        g = gl.sum(f * mdo, 1)
+        z = zs.load(O_COLS)[None, :]  # again: registers are short
+        if PHI == "softmax":
+            dx = f * (mdo - g[:, None] * (z + eps))
+        elif PHI == "elu":
+            dx = gl.minimum(f, inv[:, None]) * (mdo - g[:, None] * z)
+        else:
+            dx = gl.where(f > 0, inv[:, None], 0.0) * (mdo - g[:, None] * z)
         x.store(dx.to(dtype))
         gl.store(dx_base + at * stride_gl + dx_tile, x.load(TILE), mask=r < end - start)
         dbias += _sum_in_threads(do.load(READ).to(gl.float32))
@@ -144,8 +158,8 @@ def _weight_gradients(pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_row
     rd = gl.arange(0, 8, layout=gl.SliceLayout(1, R))[:, None]
     if pid < (D // 16) * (D // 16):
         dw = gl.zeros([8, 16, 16], gl.float32, T)
-        for start in range(0, num_rows, 64):
-            for i in gl.static_range(8):
+        for start in range(0, num_rows, D):
+            for i in gl.static_range(D // 8):
                 dm = gl.load(dm_ptr + (start + 8 * i + re) * D + e[None, :])
                 h = gl.load(h_ptr + (start + 8 * i + rd) * D + d[None, :])
                 dw += dm[:, :, None] * h[:, None, :]
@@ -182,6 +196,7 @@ def _hopper_linear_bwd_k_kernel(
         x = gl.allocate_shared_memory(dtype, [64, D], SHARED)
         v = gl.allocate_shared_memory(dtype, [64, D], SHARED)
         dh = gl.allocate_shared_memory(dtype, [D, D], SHARED)
+        dzs = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
         chunk = (pid - WEIGHT_PROGRAMS) % num_chunks
         bh = (pid - WEIGHT_PROGRAMS) // num_chunks
@@ -199,15 +214,16 @@ def _hopper_linear_bwd_k_kernel(
         dv_base = dv_ptr + b * stride_wb + h * stride_wh
         first = k_first + chunk * tiles_per_chunk * 64
         end = gl.minimum(first + tiles_per_chunk * 64, k_end)
-        at = first.to(gl.int64)
+        origin = first.to(gl.int64)
+        dzs.store(gl.load(dz_ptr + bh * D + cols))
         for part in gl.static_range(D // 64):
             _load(dh.slice(part * 64, 64), dh_ptr + bh.to(gl.int64) * D * D + part * 64 * D + _place(D, D))
-        _load(x, x_base + at * stride_xl + x_tile, r < end - first)
-        _load(v, v_base + at * stride_vl + v_tile, r < end - first)
+        _load(x, x_base + origin * stride_xl + x_tile, r < end - first)
+        _load(v, v_base + origin * stride_vl + v_tile, r < end - first)
         async_copy.commit_group()
         zero = gl.zeros([64, D], gl.float32, O)
         for start in range(first, end, 64):
-            at = start.to(gl.int64)
+            at = origin + (start - first)
             inside = r < end - start
             more = r < end - start - 64
             _arrived(0)
@@ -217,7 +233,7 @@ def _hopper_linear_bwd_k_kernel(
             f = _phi_of(f, PHI)
             df = warpgroup_mma_wait(0, deps=[df])
             operand = gl.convert_layout(f.to(dtype), OPERAND)
-            df += gl.load(dz_ptr + bh * D + cols)[None, :]
+            df += dzs.load(cols.type.layout)[None, :]
             dx = _phi_backward(f, df, gl.sum(f * df, 1), PHI)
             # The values have been read: their place takes what goes out in rows.
             v.store(dx.to(dtype))
@@ -231,11 +247,17 @@ def _hopper_linear_bwd_k_kernel(
         async_copy.wait_group(0)
 
 
+def tiles_of_a_program(num_tiles, heads, programs):
+    """For the fewest steps, if `programs` run at a time and each takes one more to begin and end."""
+    steps = {n: cdiv(cdiv(num_tiles, n) * heads, programs) * (n + 1) for n in range(1, num_tiles + 1)}
+    return min(steps, key=lambda n: steps[n])
+
+
 def hopper_linear_bwd_q(run, x, do, m, z, dx, keep_q, feature_map, eps):
     """`linear_bwd_q` of a call that this kernel takes."""
     B, H, Lq, D = x.shape
     num_tiles = cdiv(Lq - sum(keep_q), D)
-    tiles_per_chunk = chunk_size(num_tiles, Q_PROGRAMS[D], B * H)
+    tiles_per_chunk = tiles_of_a_program(num_tiles, B * H, Q_PROGRAMS[D])
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
     dm = run.empty((B, H, num_chunks, D, D), torch.float32)
     dz = run.empty((B, H, num_chunks, D))
@@ -254,7 +276,7 @@ def hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
     """`linear_bwd_k` of a call that this kernel takes."""
     B, Hkv, Lk, D = x.shape
     num_tiles = cdiv(Lk - sum(keep_k), 64)
-    tiles_per_chunk = chunk_size(num_tiles, K_PROGRAMS[D], B * Hkv)
+    tiles_per_chunk = tiles_of_a_program(num_tiles, B * Hkv, K_PROGRAMS)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
     side = D // 16
     first = side * (side if weights[4] is None else side + 1)
@@ -264,5 +286,5 @@ def hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
         Hkv, keep_k[0], Lk - keep_k[1], num_chunks, tiles_per_chunk, math.prod(weights[1].shape[:-1]),
         weights[2].shape[0],
         stride_xl=x.stride()[2], stride_vl=v.stride()[2], stride_gl=dx.stride()[2], stride_wl=dv.stride()[2],
-        D=D, PHI=feature_map, WEIGHT_PROGRAMS=first, num_warps=4, maxnreg=K_REGISTERS[D],
+        D=D, PHI=feature_map, WEIGHT_PROGRAMS=first, num_warps=4, maxnreg=K_REGISTERS,
     )  # fmt: skip

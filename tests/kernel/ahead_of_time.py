@@ -58,7 +58,7 @@ class Compiled:
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(i,)] = [["tt.divisibility", 16]]
         kind = ASTSource
-        if self.kernel.__name__ == "_hopper_fwd_kernel":
+        if self.kernel.__name__.startswith("_hopper"):
             from triton.experimental.gluon._runtime import GluonASTSource as kind
         source = kind(self.kernel, signature, constexprs, attributes)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
@@ -85,7 +85,7 @@ def launches(D, dtype, blkq, blkk, feature_map, masked):
     settings = (blkq, blkk, feature_map, "all", (9, 0, 13, 17) if masked else (0, 0, 0, 0))
     o, memory = sparse._compute_forward(*inputs, 0.25, 0.0, 1.0, *settings, True)
     sparse._compute_backward(o, *inputs, memory, 0.25, 1.0, *settings)
-    if launch.takes_gluon(q, blkq, blkk):
+    if launch.takes_gluon(q) and feature_map != "hedgehog" and blkk == 64:
         inputs = (*inputs[:5], None, *inputs[6:])
         for linear, keep, save in itertools.product(("all", "none"), ((0, 0, 0, 0), (9, 0, 13, 17)), (False, True)):
             given = inputs if linear == "all" else (*inputs[:3], None, None, *inputs[5:])
@@ -103,10 +103,10 @@ def main(backend, arch, count=None):
         projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
     if arch == "90":
-        from diffusers_sla.kernel import hopper
+        from diffusers_sla.kernel import hopper, hopper_linear
 
         launch.has_gluon = lambda device: True
-        MODULES.append(hopper)
+        MODULES.extend([hopper, hopper_linear])
     made: list[tuple[str, int]] = []
     for module in MODULES:
         for name in [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]:

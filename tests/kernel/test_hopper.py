@@ -1,4 +1,5 @@
-"""Hopper's forward: what it is launched for, what it computes on a Hopper GPU. That it compiles: test_launch.py."""
+"""The kernels in Gluon, of hopper.py and hopper_linear.py: what they are launched for, what they compute on a Hopper
+GPU. That they compile: test_launch.py."""
 
 import random
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from cases import Case, check
 
-from diffusers_sla.kernel import forward, launch, sla_attention
+from diffusers_sla.kernel import forward, launch, linear, sla_attention
 
 
 class Launched:
@@ -47,22 +48,79 @@ def test_it_takes_what_it_can(monkeypatch):
         assert launched_for(**other) == "_sparse_fwd_kernel", other
 
 
+def gradients_launched_for(x=None, D=128, dtype=torch.bfloat16, mask=None, phi="softmax", marginal=False):
+    """The kernels of the gradients of phi(q) and phi(k)."""
+    q = torch.zeros(1, 2, 256, D, dtype=dtype)
+    x, names, m = q if x is None else x, [], torch.zeros(1, 2, 1, (2 if phi == "hedgehog" else 1) * D, D, dtype=dtype)
+    z, w = torch.zeros(m.shape[:-1]), torch.zeros(D, D)
+    for call in (
+        lambda run: linear.linear_bwd_q(run, x, q, m, z, q, 64, (3, 5), phi, 1e-5, marginal),
+        lambda run: linear.linear_bwd_k(
+            run, x, q, mask, m, z, q, q, 64, (3, 5), phi, None if marginal else (m, m, w, w, None)
+        ),
+    ):
+        run = Launched()
+        call(run)
+        names.append(run.name)
+    return names
+
+
+def test_gradients_it_takes(monkeypatch):
+    of_triton = ["_linear_bwd_q_kernel", "_linear_bwd_k_kernel"]
+    assert gradients_launched_for() == of_triton
+    if not launch.knows_gluon():
+        pytest.skip("this Triton has another Gluon")
+    monkeypatch.setattr(launch, "has_gluon", lambda device: True)
+    of_gluon = ["_hopper_linear_bwd_q_kernel", "_hopper_linear_bwd_k_kernel"]
+    for served in ({}, {"D": 64}, {"dtype": torch.float16}, {"phi": "relu"}):
+        assert gradients_launched_for(**served) == of_gluon, served
+    rows = torch.zeros(256 * 136 * 2, dtype=torch.bfloat16)
+    for other in (
+        {"D": 96}, {"dtype": torch.float32}, {"phi": "hedgehog"}, {"marginal": True},
+        {"x": rows.as_strided((1, 2, 128, 128), (256 * 136, 128 * 136, 136, 1))},
+    ):  # fmt: skip
+        assert gradients_launched_for(**other) == of_triton, other
+    assert gradients_launched_for(mask=torch.ones(1, 256, dtype=torch.bool)) == [of_gluon[0], of_triton[1]]
+
+
+def test_programs_fill_the_gpu_a_whole_number_of_times():
+    from_tiles = [(36, 24, 132), (256, 12, 132), (10, 80, 132), (1, 1, 132), (5, 1, 396)]
+    if not launch.knows_gluon():
+        pytest.skip("this Triton has another Gluon")
+    from diffusers_sla.kernel.hopper_linear import tiles_of_a_program
+
+    # 120 programs of 8 tiles; 132 of 24; 240 of 4 in two waves, not 80 of 10; one; a tile each
+    assert [tiles_of_a_program(*given) for given in from_tiles] == [8, 24, 4, 1, 1]
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """How many launches the kernel had; another of the forward fails."""
+    """The names of the kernels in Gluon that were launched; another forward fails."""
     if not torch.cuda.is_available() or not launch.has_gluon(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU")
-    from diffusers_sla.kernel import hopper
+    from diffusers_sla.kernel import hopper, hopper_linear
 
-    class Counted(type(hopper._hopper_fwd_kernel)):
-        def __getitem__(self, grid):
-            counts.append(grid)
-            return super().__getitem__(grid)
+    names = []
 
-    counts = []
-    monkeypatch.setattr(hopper._hopper_fwd_kernel, "__class__", Counted)
+    def counted(kernel):
+        class Counted(type(kernel)):
+            def __getitem__(self, grid):
+                names.append(kernel.__name__)
+                return super().__getitem__(grid)
+
+        monkeypatch.setattr(kernel, "__class__", Counted)
+
+    counted(hopper._hopper_fwd_kernel)
+    counted(hopper_linear._hopper_linear_bwd_q_kernel)
+    counted(hopper_linear._hopper_linear_bwd_k_kernel)
     monkeypatch.setattr(forward, "_sparse_fwd_kernel", None)
-    return counts
+    return names
+
+
+def launched(case):
+    """What a forward and a backward of a case launch."""
+    gradients = ["_hopper_linear_bwd_q_kernel", "_hopper_linear_bwd_k_kernel"]
+    return ["_hopper_fwd_kernel"] + (gradients if case.linear == "all" else [])
 
 
 def any_case(seed):
@@ -83,8 +141,9 @@ def any_case(seed):
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", range(100))
 def test_random_configurations(seed, launches):
-    check(any_case(seed), "triton", "cuda")
-    assert len(launches) == 1
+    case = any_case(seed)
+    check(case, "triton", "cuda")
+    assert launches == launched(case)
 
 
 @pytest.mark.gpu
@@ -92,8 +151,9 @@ def test_random_configurations(seed, launches):
 @pytest.mark.parametrize("edge", [(64, 64), (1, 1), (65, 63), (128, 640), (1, 300)])
 def test_whole_ragged_and_single_tokens(D, edge, launches):
     Lq, Lk = edge
-    check(Case(Lq=Lq, Lk=Lk, D=D, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64), "triton", "cuda")
-    assert len(launches) == 1
+    case = Case(Lq=Lq, Lk=Lk, D=D, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64)
+    check(case, "triton", "cuda")
+    assert launches == launched(case)
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ def test_the_kernels_compile_and_fit_where_there_is_least_shared_memory():
     assert compile_for("cuda", "86", "1") == ["compiled 10"]
 
 
-def test_hoppers_own_forward_compiles():
+def test_hoppers_own_kernels_compile():
     assert compile_for("cuda", "90", "1") == ["compiled 34"]
 
 
