@@ -4,6 +4,7 @@ Inputs are random and rotate; on a GPU each call starts with a cold L2 and is ti
 are queued while the cache is flushed. Nothing here prints.
 """
 
+import functools
 import gc
 import itertools
 import math
@@ -152,6 +153,10 @@ def run(
     for name, make in calls.items():
         for what in passes:
             rows.append(_measure(case, name, what, make, device, repeats, measured))
+    if device.type == "cuda":  # last: where something has been profiled, launches may take the host longer
+        for row in rows:
+            with torch.set_grad_enabled(row.what == "backward"):
+                row.launches = _launches(next(_calls(calls[row.name], *_tensors(case, row.what, device))))
     record = Record(asdict(case), machine(device) | measured, rows)
     record._compare()
     return record
@@ -213,58 +218,58 @@ def _flex(case: Case, device: torch.device) -> Callable[..., Tensor]:
     return run
 
 
-def _measure(case, name, what, make, device, repeats, measured) -> Row:
+def _tensors(case: Case, what: str, device: torch.device) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+    """Sets of q, k, v, and for a backward dO."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (case.B, case.H, case.L, case.D)
-    dtype = getattr(torch, case.dtype)
     backward = what == "backward"
 
     def tensor():
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
+        shape = (case.B, case.H, case.L, case.D)
+        return torch.randn(shape, generator=generator, device=device).to(getattr(torch, case.dtype))
 
     sets = [tuple(tensor().requires_grad_(backward) for _ in range(3)) for _ in range(INPUT_SETS)]
-    do = tensor()
-    if backward:
+    return sets, tensor() if backward else None
 
-        def calls():
-            for inputs in itertools.cycle(sets):
-                o = make(*inputs)
-                yield lambda o=o, inputs=inputs: torch.autograd.grad(o, inputs, do, retain_graph=True)
-    else:
 
-        def calls():
-            for inputs in itertools.cycle(sets):
-                yield lambda inputs=inputs: make(*inputs)
+def _calls(make, sets, do: Tensor | None) -> Iterator[Callable[[], Any]]:
+    """Forwards over one set after the other, or where there is a dO backwards of forwards that have run."""
+    for inputs in itertools.cycle(sets):
+        if do is None:
+            yield functools.partial(make, *inputs)
+        else:
+            o = make(*inputs)
+            yield functools.partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
 
-    with torch.set_grad_enabled(backward):
-        for _, call in zip(range(INPUT_SETS), calls(), strict=False):
+
+def _measure(case, name, what, make, device, repeats, measured) -> Row:
+    sets, do = _tensors(case, what, device)
+    with torch.set_grad_enabled(do is not None):
+        for _, call in zip(range(INPUT_SETS), _calls(make, sets, do), strict=False):
             call()
-        memory = launches = graph = None
+        memory = graph = None
         if device.type == "cuda":
-            memory = _extra_memory(sets[0], make, do if backward else None)
-            launches = _launches(next(calls()))
-            if not backward:
-                graph = _median(milliseconds(itertools.repeat(_captured(next(calls()))), device, repeats))
-        times = milliseconds(calls(), device, repeats)
+            memory = _extra_memory(sets[0], make, do)
+            graph = _median(milliseconds(itertools.repeat(_captured(_calls(make, sets, do))), device, repeats))
+        times = milliseconds(_calls(make, sets, do), device, repeats)
     times.sort()
     median = _median(times)
     flops = case.flops(what, name)
     floor = max(flops / measured["matmul_tflops"] / 1e9, case.bytes(what) / measured["copy_gbs"] / 1e6)
     return Row(
         name, what, median, times[len(times) // 5], times[len(times) * 4 // 5], flops / median / 1e9, floor / median,
-        memory, launches, graph,
+        memory, graph=graph,
     )  # fmt: skip
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph."""
-    stream = torch.cuda.Stream()
+def _captured(calls: Iterator[Callable[[], Any]]) -> Callable[[], Any]:
+    """The next call as a CUDA graph."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        call = next(calls)  # here, as a backward runs on the stream of its forward
         call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 

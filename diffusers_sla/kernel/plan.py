@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 from .launch import table
 
@@ -153,8 +154,9 @@ class Plan:
         places, constants, launches = self.ready
         bases = [0 if x is None else x.data_ptr() for x in (*tensors, scratch)]
         values = [bases[at] + offset for at, offset in places] + constants
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
         for launch, arguments_of in launches:
-            launch(*arguments_of(values))
+            launch(*arguments_of(values), stream=stream)
 
     def _first(self, tensors):
         """Launch through Triton, which compiles. Returns what the next run needs, None under the interpreter."""
