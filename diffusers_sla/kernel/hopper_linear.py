@@ -11,7 +11,12 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mma_v2,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from .hopper import _arrived, _load, _phi, _place
 from .launch import cdiv
@@ -96,9 +101,11 @@ def _hopper_linear_bwd_q_kernel(
     async_copy.commit_group()
     zero = gl.zeros([D, D], gl.float32, O)
     dm = gl.zeros([D, D], gl.float32, O)
-    # Sums over rows stay in their threads until the end.
+    # Sums over rows: of dO as a product with ones, whose columns are equal; of phi(q) in their threads until the end.
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
+    ones = gl.full([D, 8], 1.0, dtype, gl.DotOperandLayout(1, SUMS, 2))
+    dbias = gl.zeros([D, 8], gl.float32, SUMS)
     dz = _sum_in_threads(gl.zeros([D, D], gl.float32, READ))
-    dbias = dz
     for start in range(first, end, D):
         slot = (start - first) // D % 2
         x = xs.index(slot)
@@ -135,7 +142,7 @@ def _hopper_linear_bwd_q_kernel(
             dx = gl.where(f > 0, inv[:, None], 0.0) * (mdo - g[:, None] * z)
         x.store(dx.to(dtype))
         gl.store(dx_base + at * stride_gl + dx_tile, x.load(TILE), mask=r < end - start)
-        dbias += _sum_in_threads(do.load(READ).to(gl.float32))
+        dbias = mma_v2(do.permute((1, 0)).load(gl.DotOperandLayout(0, SUMS, 2)), ones, dbias)
         dz -= _sum_in_threads(fs.load(READ).to(gl.float32) * gl.convert_layout(g, gl.SliceLayout(1, READ))[:, None])
         dm = warpgroup_mma_wait(0, deps=[dm])
     async_copy.wait_group(0)
@@ -143,7 +150,7 @@ def _hopper_linear_bwd_q_kernel(
     d = gl.arange(0, D, layout=gl.SliceLayout(1, O))
     gl.store(dm_ptr + out * D * D + (d[:, None] * D + cols[None, :]), dm)
     gl.store(dz_ptr + out * D + cols, gl.convert_layout(gl.sum(dz, 0), O_COLS))
-    gl.store(dbias_ptr + out * D + cols, gl.convert_layout(gl.sum(dbias, 0), O_COLS))
+    gl.store(dbias_ptr + out * D + cols, gl.convert_layout(gl.max(dbias, 1), O_COLS))
 
 
 @gluon.jit
@@ -180,14 +187,14 @@ def _weight_gradients(pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_row
 def _hopper_linear_bwd_k_kernel(
     x_ptr, v_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr,
     stride_xb, stride_xh, stride_vb, stride_vh, stride_gb, stride_gh, stride_wb, stride_wh,
-    Hkv, k_first, k_end, num_chunks, tiles_per_chunk, num_rows, num_shares,
+    Hkv, k_first, k_end, num_programs, num_chunks, tiles_per_chunk, num_rows, num_shares,
     stride_xl: gl.constexpr, stride_vl: gl.constexpr, stride_gl: gl.constexpr, stride_wl: gl.constexpr,
-    D: gl.constexpr, PHI: gl.constexpr, WEIGHT_PROGRAMS: gl.constexpr,
+    D: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
-    """As its namesake in linear.py, by 64 keys a step."""
+    """As its namesake in linear.py, by 64 keys a step. The weights' programs come last, where others leave room."""
     pid = gl.program_id(0)
-    if pid < WEIGHT_PROGRAMS:
-        _weight_gradients(pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D)
+    if pid >= num_programs:
+        _weight_gradients(pid - num_programs, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D)
     else:
         O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])  # noqa: E741
         OPERAND: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -198,8 +205,8 @@ def _hopper_linear_bwd_k_kernel(
         dh = gl.allocate_shared_memory(dtype, [D, D], SHARED)
         dzs = gl.allocate_shared_memory(gl.float32, [D], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-        chunk = (pid - WEIGHT_PROGRAMS) % num_chunks
-        bh = (pid - WEIGHT_PROGRAMS) // num_chunks
+        chunk = pid % num_chunks
+        bh = pid // num_chunks
         b, h = (bh // Hkv).to(gl.int64), (bh % Hkv).to(gl.int64)
         cols = gl.arange(0, D, layout=gl.SliceLayout(0, O))
         x_tile = _place(stride_xl, D)
@@ -278,13 +285,12 @@ def hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
     num_tiles = cdiv(Lk - sum(keep_k), 64)
     tiles_per_chunk = tiles_of_a_program(num_tiles, B * Hkv, K_PROGRAMS)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
-    side = D // 16
-    first = side * (side if weights[4] is None else side + 1)
+    num_programs, side = num_chunks * B * Hkv, D // 16
     run.launch(
-        _hopper_linear_bwd_k_kernel, (first + num_chunks * B * Hkv,),
+        _hopper_linear_bwd_k_kernel, (num_programs + side * (side if weights[4] is None else side + 1),),
         x, v, dh, dz, dx, dv, *weights, *x.stride()[:2], *v.stride()[:2], *dx.stride()[:2], *dv.stride()[:2],
-        Hkv, keep_k[0], Lk - keep_k[1], num_chunks, tiles_per_chunk, math.prod(weights[1].shape[:-1]),
+        Hkv, keep_k[0], Lk - keep_k[1], num_programs, num_chunks, tiles_per_chunk, math.prod(weights[1].shape[:-1]),
         weights[2].shape[0],
         stride_xl=x.stride()[2], stride_vl=v.stride()[2], stride_gl=dx.stride()[2], stride_wl=dv.stride()[2],
-        D=D, PHI=feature_map, WEIGHT_PROGRAMS=first, num_warps=4, maxnreg=K_REGISTERS,
+        D=D, PHI=feature_map, num_warps=4, maxnreg=K_REGISTERS,
     )  # fmt: skip
