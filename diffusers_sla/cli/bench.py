@@ -86,7 +86,8 @@ def _line(cells):
 
 
 def _plot(records, path):
-    """Speed-up of SLA over the best dense attention: against L where several lengths were timed, and against topk."""
+    """Speed-up of SLA over the best dense attention, on a GPU both as CUDA graphs: against L where several lengths
+    were timed, and against topk."""
     from matplotlib.figure import Figure
 
     axes_of = [("L", "sequence length"), ("topk", "share of key blocks kept (topk)")]
@@ -100,7 +101,7 @@ def _plot(records, path):
             name = f"{fixed}, {case['H']} x {case['D']}, {config['blkq']}x{config['blkk']}"
             for row in record.rows:
                 if row.name == "sla":
-                    point = (case["L"] if key == "L" else config["topk"], row.ratio)
+                    point = (case["L"] if key == "L" else config["topk"], row.graph_ratio or row.ratio)
                     curves.setdefault((name, row.what), []).append(point)
         colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
         for (name, what), points in curves.items():
