@@ -13,7 +13,7 @@ import torch.nn.functional as F
 EPS = 1e-5
 SOFTMAX_MAPS = ("softmax", "hedgehog")
 # Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in cache, also of a busy machine.
-STEP_BYTES = 8 << 20
+STEP_BYTES = 4 << 20
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
@@ -343,7 +343,7 @@ class _Gather:
         self.size = _even(self.at.shape[0], STEP_BYTES // (sum(sizes) * k.element_size()))
         # One piece of memory for all steps, never a small one: fresh pages would cost more than what is written into
         # them, and malloc gives a piece back to the system once more than twice the largest is free.
-        room = k.new_empty(max(self.size * sum(sizes), STEP_BYTES // k.element_size()))
+        room = k.new_empty(max(self.size * sum(sizes), 2 * STEP_BYTES // k.element_size()))
         room = room[: self.size * sum(sizes)].split([self.size * n for n in sizes])
         self.room = [x.view(-1, blkk, D) for x in room[:2]]
         self.scores = room[2].view(-1, blkq, E + listed)

@@ -5,6 +5,7 @@ for key masks, hedgehog, sums of marginal blocks only, and rows that do not begi
 the Triton kernels.
 """
 
+import functools
 import math
 
 import torch
@@ -56,7 +57,7 @@ def _sum_in_threads(x):
     return gl.sum(x.reshape([16, D // 16, D]), 1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["q_first", "q_end", "tiles_per_chunk", "eps"])
 def _hopper_linear_bwd_q_kernel(
     x_ptr, do_ptr, m_ptr, z_ptr, dx_ptr, dm_ptr, dz_ptr, dbias_ptr,
     stride_xb, stride_xh, stride_db, stride_dh, stride_gb, stride_gh,
@@ -183,7 +184,7 @@ def _weight_gradients(pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_row
         gl.store(dbias_ptr + e, gl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["k_first", "k_end", "num_programs", "num_chunks", "tiles_per_chunk", "num_rows", "num_shares"])  # fmt: skip  # noqa: E501
 def _hopper_linear_bwd_k_kernel(
     x_ptr, v_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr,
     stride_xb, stride_xh, stride_vb, stride_vh, stride_gb, stride_gh, stride_wb, stride_wh,
@@ -254,6 +255,7 @@ def _hopper_linear_bwd_k_kernel(
         async_copy.wait_group(0)
 
 
+@functools.lru_cache(maxsize=None)
 def tiles_of_a_program(num_tiles, heads, programs):
     """For the fewest steps, if `programs` run at a time and each takes one more to begin and end."""
     steps = {n: cdiv(cdiv(num_tiles, n) * heads, programs) * (n + 1) for n in range(1, num_tiles + 1)}

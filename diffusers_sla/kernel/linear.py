@@ -272,14 +272,16 @@ def norm_of(q, k):
     return q.shape[-1] / k.shape[2]
 
 
-def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block):
+def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block, key_mask):
     """Launch the backward of phi(q) M / den. Fills dx in the query blocks.
 
     Returns dM [B, H, n, D, F], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
     of queries, or of the query blocks when `per_block` (dM in x's dtype then).
     """
     halves = HALVES[feature_map]
-    if not per_block and halves == 1 and all(map(aligned, (x, do, dx))) and takes_gluon(x):
+    # Where a mask hides every key, z is 0.
+    usual = not per_block and key_mask is None and halves == 1
+    if usual and all(map(aligned, (x, do, dx))) and takes_gluon(x):
         from .hopper_linear import hopper_linear_bwd_q
 
         return hopper_linear_bwd_q(run, x, do, m, z, dx, keep_q, feature_map, eps)

@@ -207,7 +207,9 @@ def _backward_steps(
                 run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, False, norm
             )
             m, z = gather_marginal(sums, z, block_map, proj_l_weight)
-        dm, dz, shares = linear_bwd_q(run, fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal)
+        dm, dz, shares = linear_bwd_q(
+            run, fq, do, m, z, dfq, blkq, keep_q, feature_map, EPS * norm, marginal, key_mask
+        )  # fmt: skip
         if marginal:
             del m
             dh, dz, total = scatter_marginal(dm, dz, block_map, proj_l_weight, sums, norm)

@@ -54,7 +54,7 @@ def gradients_launched_for(x=None, D=128, dtype=torch.bfloat16, mask=None, phi="
     x, names, m = q if x is None else x, [], torch.zeros(1, 2, 1, (2 if phi == "hedgehog" else 1) * D, D, dtype=dtype)
     z, w = torch.zeros(m.shape[:-1]), torch.zeros(D, D)
     for call in (
-        lambda run: linear.linear_bwd_q(run, x, q, m, z, q, 64, (3, 5), phi, 1e-5, marginal),
+        lambda run: linear.linear_bwd_q(run, x, q, m, z, q, 64, (3, 5), phi, 1e-5, marginal, mask),
         lambda run: linear.linear_bwd_k(
             run, x, q, mask, m, z, q, q, 64, (3, 5), phi, None if marginal else (m, m, w, w, None)
         ),
@@ -77,10 +77,10 @@ def test_gradients_it_takes(monkeypatch):
     rows = torch.zeros(256 * 136 * 2, dtype=torch.bfloat16)
     for other in (
         {"D": 96}, {"dtype": torch.float32}, {"phi": "hedgehog"}, {"marginal": True},
+        {"mask": torch.ones(1, 256, dtype=torch.bool)},
         {"x": rows.as_strided((1, 2, 128, 128), (256 * 136, 128 * 136, 136, 1))},
     ):  # fmt: skip
         assert gradients_launched_for(**other) == of_triton, other
-    assert gradients_launched_for(mask=torch.ones(1, 256, dtype=torch.bool)) == [of_gluon[0], of_triton[1]]
 
 
 def test_programs_fill_the_gpu_a_whole_number_of_times():
@@ -160,6 +160,23 @@ def test_whole_ragged_and_single_tokens(D, edge, launches):
 def test_large_scores_stay_finite(launches):
     case = Case(Lq=300, Lk=300, D=128, dtype=torch.bfloat16, topk=0.3, blkq=64, blkk=64, size=30.0)
     check(case, "triton", "cuda")
+
+
+@pytest.mark.gpu
+def test_a_sequence_without_a_key_leaves_the_others_gradients_alone():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 4096, 128, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3))
+    weight = torch.randn(128, 128, device="cuda", requires_grad=True)
+
+    def gradients(key_mask, *given):
+        o = sla_attention(*given, topk=0.1, proj_l_weight=weight, key_mask=key_mask, impl="triton")
+        return torch.autograd.grad(o[:1].float().square().mean(), (*given, weight))
+
+    masked = gradients(torch.tensor([[True], [False]], device="cuda").expand(2, 4096), q, k, v)
+    alone = gradients(None, q[:1], k[:1], v[:1])
+    for x, y in zip(masked, alone, strict=True):
+        torch.testing.assert_close(x[: len(y)], y, rtol=1e-2, atol=1e-2 * y.abs().max().item())
+    assert all((x[1] == 0).all() for x in masked[:3])
 
 
 @pytest.mark.gpu

@@ -49,11 +49,16 @@ def test_checkpointing_gives_the_same_gradients(device):
 
 def _compiled_kernels():
     """How many times Triton has compiled each of our kernels in this process."""
-    from diffusers_sla.kernel import backward, forward, linear, prepare, projection, selection
+    from diffusers_sla.kernel import backward, forward, launch, linear, prepare, projection, selection
 
+    modules = [forward, backward, linear, prepare, projection, selection]
+    if launch.has_gluon(torch.device("cuda")):
+        from diffusers_sla.kernel import hopper, hopper_linear
+
+        modules += [hopper, hopper_linear]
     kernels = [
         value
-        for module in (forward, backward, linear, prepare, projection, selection)
+        for module in modules
         for name, value in vars(module).items()
         if name.startswith("_") and name.endswith("_kernel")
     ]
