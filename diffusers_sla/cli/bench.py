@@ -112,7 +112,7 @@ def _plot(records, path):
             )
         axes.axhline(1, color="gray", linewidth=0.8)
         axes.set(xlabel=label, ylim=(0, None))
-        axes.set_ylabel("times faster than the best dense attention" + ", as CUDA graphs" * graphs)
+        axes.set_ylabel("times faster than the best dense attention" + "\n(both as CUDA graphs)" * graphs)
         if key == "L":
             axes.set_xscale("log", base=2)
         ticks = sorted({x for points in curves.values() for x, _ in points})
