@@ -234,9 +234,12 @@ def _kernels(q, blkq, blkk):
         ("backward", launch.dq_config, (blkq, blkk)),
         ("backward", launch.dkdv_config, (blkq, blkk)),
     ]
+    in_gluon = []
     if launch.takes_gluon(q):
-        kernels = [kernels[i] for i in ((0, 4, 5) if blkq >= 64 == blkk else (0, 1, 4, 5))]
-    return kernels
+        in_gluon = [launch.linear_q_config, launch.linear_k_config]
+        if blkq >= 64 == blkk:
+            in_gluon.append(launch.forward_config)
+    return [kernel for kernel in kernels if kernel[1] not in in_gluon]
 
 
 def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:

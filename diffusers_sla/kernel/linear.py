@@ -279,7 +279,7 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     of queries, or of the query blocks when `per_block` (dM in x's dtype then).
     """
     halves = HALVES[feature_map]
-    # Where a mask hides every key, z is 0.
+    # Where a mask hides every key z is 0, and phi / eps would not fit float16.
     usual = not per_block and key_mask is None and halves == 1
     if usual and all(map(aligned, (x, do, dx))) and takes_gluon(x):
         from .hopper_linear import hopper_linear_bwd_q
