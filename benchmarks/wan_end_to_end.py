@@ -1,4 +1,5 @@
-"""One forward of Wan 2.1's 1.3B transformer at 480p, 81 frames (32760 tokens), random weights: dense against SLA.
+"""One forward of Wan 2.1's 1.3B transformer at 480p, 81 frames (32760 tokens), random weights: dense against SLA, as it
+is and with `compile_repeated_blocks(fullgraph=True)`.
 
 python benchmarks/wan_end_to_end.py [FILE.json]
 """
@@ -11,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusers_sla import SLAConfig, apply_sla, benchmark, remove_sla
+from diffusers_sla import SLAConfig, apply_sla, benchmark
 
 # The published configuration of Wan-AI/Wan2.1-T2V-1.3B-Diffusers.
 WAN = dict(
@@ -42,24 +43,30 @@ def milliseconds(model, inputs, device, repeats):
         return statistics.median(benchmark.milliseconds(calls(), device, repeats))
 
 
-def measure(config, latents, device, dtype, repeats=10):
+def measure(config, latents, device, dtype, repeats=10, compiled=False):
     """Milliseconds of a forward by name, and how many times faster than dense."""
-    model, inputs = model_and_inputs(config, latents, device, dtype)
     found = {}
     # cuDNN is the best of PyTorch's backends on an H100 or H200; a CPU has one.
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-        found["dense"] = {"ms": milliseconds(model, inputs, device, repeats)}
-        for name, settings in TRIALS.items():
-            apply_sla(model, SLAConfig(**settings))
+        for name, settings in {"dense": None, **TRIALS}.items():
+            model, inputs = model_and_inputs(config, latents, device, dtype)
+            if settings:
+                apply_sla(model, SLAConfig(**settings))
+            if compiled:
+                torch.compiler.reset()
+                model.compile_repeated_blocks(fullgraph=True)
             ms = milliseconds(model, inputs, device, repeats)
-            found[name] = {"ms": ms, "ratio": found["dense"]["ms"] / ms}
-            remove_sla(model)
+            found[name] = {"ms": ms, "ratio": found["dense"]["ms"] / ms} if settings else {"ms": ms}
     return found
 
 
 if __name__ == "__main__":
     gpu = torch.device("cuda")
-    record = {"machine": benchmark.machine(gpu), "forward": measure(WAN, LATENTS, gpu, torch.bfloat16)}
+    record = {
+        "machine": benchmark.machine(gpu),
+        "forward": measure(WAN, LATENTS, gpu, torch.bfloat16),
+        "compiled forward": measure(WAN, LATENTS, gpu, torch.bfloat16, compiled=True),
+    }
     print(json.dumps(record, indent=1))
     if len(sys.argv) > 1:
         with open(sys.argv[1], "w") as file:

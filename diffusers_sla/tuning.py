@@ -238,7 +238,7 @@ def _kernels(q, blkq, blkk):
     if launch.takes_gluon(q):
         in_gluon = [launch.linear_q_config, launch.linear_k_config]
         if blkq >= 64 == blkk:
-            in_gluon.append(launch.forward_config)
+            in_gluon += [launch.prepare_config, launch.forward_config]
     return [kernel for kernel in kernels if kernel[1] not in in_gluon]
 
 

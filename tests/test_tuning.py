@@ -75,7 +75,7 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
     assert [f.key for f in found] == names[:2] + names[4:]
     kernels = tuning._kernels(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16), 64, 64)
-    assert [chosen.__name__ for _, chosen, _ in kernels] == ["prepare_config", "dq_config", "dkdv_config"]
+    assert [chosen.__name__ for _, chosen, _ in kernels] == ["dq_config", "dkdv_config"]
 
 
 def outcome_of(work):

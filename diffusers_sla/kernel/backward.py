@@ -18,6 +18,9 @@ from .forward import (
     place_in_block,
 )
 from .launch import block_d, cdiv, dkdv_config, dq_config, sparse_precision
+from .selection import invert
+
+INVERTED = tl.constexpr(32)  # key blocks a program
 
 
 @triton.jit
@@ -41,9 +44,9 @@ def _dq_step(
     return delta, dq
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "topk"])  # fmt: skip  # noqa: E501
-def _sparse_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
+@triton.jit
+def _query_gradients(
+    pid, q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
     H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
@@ -53,16 +56,11 @@ def _sparse_bwd_dq_kernel(
     HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dQ of BLOCK_M queries over their key blocks, and delta = rowsum(dO_s * O_s).
+    """dQ of BLOCK_M queries over their key blocks, and delta = rowsum(dO_s * O_s).
 
     EXACT sums delta over the very products P dP from which it is then subtracted, at the price of a turn more: where
     one key has nearly all the weight, little but their rounding is left of the difference.
-
-    Grid: (num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), as in the forward. dq holds the linear branch's share of
-    the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the forward. delta: [B, H, num_rows]
-    float32.
     """
-    pid = tl.program_id(0)
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     bh = b * H + h
     h_kv = h // GROUP
@@ -152,6 +150,44 @@ def _sparse_bwd_dq_kernel(
     if HAS_LINEAR:
         dq += tl.load(dq_ptr + o_offsets, mask=inside & (pid >= num_kept), other=0.0).to(tl.float32)
     tl.store(dq_ptr + o_offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "topk", "num_inverting", "num_k_blocks"])  # fmt: skip  # noqa: E501
+def _sparse_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+    H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
+    scale, scale_log2,
+    map_ptr, starts_ptr, counts_ptr, list_ptr, num_inverting, num_k_blocks,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLKQ: tl.constexpr, BLKK: tl.constexpr,
+    HAS_MASK: tl.constexpr, KEEP_Q: tl.constexpr, KEEP_K: tl.constexpr, HAS_LINEAR: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries a program; the first num_inverting programs make the inverse list that dK and dV walk.
+
+    Grid: (num_inverting + num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), from num_kept on as in the forward. dq
+    holds the linear branch's share of the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the
+    forward. delta: [B, H, num_rows] float32. map: [B, H, num_q_blocks, num_k_blocks] int8; the rest as in `invert`.
+    """
+    pid = tl.program_id(0)
+    if pid < num_inverting:
+        bh = tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
+        invert(
+            pid, bh, map_ptr, indices_ptr, starts_ptr, counts_ptr, list_ptr, num_q_blocks, num_k_blocks, topk,
+            64, INVERTED,
+        )  # fmt: skip
+    else:
+        _query_gradients(
+            pid - num_inverting,
+            q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
+            stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+            stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+            H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
+            scale, scale_log2,
+            GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, BLKQ, BLKK, HAS_MASK, KEEP_Q, KEEP_K, HAS_LINEAR, EXACT, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -314,16 +350,18 @@ def _sparse_bwd_dkdv_kernel(
     tl.store(dv_ptr + g_offsets, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
+def sparse_bwd(run, do, q, k, v, o_s, lse, indices, block_map, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
     """Launch the backward of the sparse branch; adds to what dq, dk, dv hold in blocks when `linear`, else overwrites.
 
-    inverse: from `invert`. dk and dv share one order of strides, dq has that of o_s.
+    dk and dv share one order of strides, dq has that of o_s.
     """
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
     num_k_blocks = cdiv(Lk - sum(keep_k), blkk)
-    starts, counts, listed = inverse
+    starts, counts = (run.empty((B * H, num_k_blocks), torch.int32) for _ in range(2))
+    listed = run.empty((B * H, num_q_blocks * topk), torch.int32)
+    inverting = cdiv(num_k_blocks, INVERTED.value)
     rows = num_rows(Lq, blkq)
     delta = run.empty((B, H, rows))
     ranges = (Lq, Lk, keep_q[0], Lq - keep_q[1], keep_k[0], Lk - keep_k[1])
@@ -337,10 +375,11 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, inverse, key_mask, dq, dk, d
     config = dq_config(q, blkq, blkk)
     front, back = cdiv(keep_q[0], config.block_m), cdiv(keep_q[1], config.block_m)
     run.launch(
-        _sparse_bwd_dq_kernel, (front + back + num_q_blocks * (blkq // config.block_m), H, B),
+        _sparse_bwd_dq_kernel, (inverting + front + back + num_q_blocks * (blkq // config.block_m), H, B),
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
         *strides, *o_s.stride()[:3],
         H, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
+        block_map, starts, counts, listed, inverting, num_k_blocks,
         GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLKQ=blkq, BLKK=blkk, **flags,
         **config.options,

@@ -46,11 +46,10 @@ def _copy(tile, pointers, mask=None):
 
 
 @gluon.jit
-def _place(stride: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr = 64):
-    """Offsets of a [ROWS, D] tile of rows, int64, for ROWS // 16 warps. What a thread adds from one of its rows to the
-    next is a constant."""
-    STEP: gl.constexpr = 16 * ROWS // D
-    W: gl.constexpr = ROWS // 16
+def _place(stride: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr = 64, W: gl.constexpr = 4):
+    """Offsets of a [ROWS, D] tile of rows, int64, for W warps. What a thread adds from one of its rows to the next
+    is a constant."""
+    STEP: gl.constexpr = W * 256 // D
     L3: gl.constexpr = gl.BlockedLayout([ROWS // STEP, 1, 8], [1, 256 // D, D // 8], [1, W, 1], [2, 1, 0])
     part = gl.arange(0, ROWS // STEP, layout=gl.SliceLayout(1, gl.SliceLayout(2, L3))).to(gl.int64)[:, None, None]
     r = gl.arange(0, STEP, layout=gl.SliceLayout(0, gl.SliceLayout(2, L3))).to(gl.int64)[None, :, None]

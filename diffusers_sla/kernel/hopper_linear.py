@@ -28,14 +28,18 @@ K_PROGRAMS, K_REGISTERS = 396, 168
 
 
 @gluon.jit
-def _phi_of(x, PHI: gl.constexpr):
-    """phi of rows that are there as a whole."""
+def _phi_of(x, PHI: gl.constexpr, end=None):
+    """phi of rows that are there as a whole; 0 from row `end` on."""
+    rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     if PHI == "softmax":
         f = _phi(x, gl.max(x, 1), PHI)
-        f = f * (1.0 / gl.sum(f, 1))[:, None]
+        factor = 1.0 / gl.sum(f, 1)
     else:
-        f = _phi(x, gl.zeros([x.shape[0]], gl.float32, gl.SliceLayout(1, x.type.layout)), PHI)
-    return f
+        f = _phi(x, gl.zeros([x.shape[0]], gl.float32, rows), PHI)
+        factor = gl.full([x.shape[0]], 1.0, gl.float32, rows)
+    if end is not None:
+        factor = gl.where(gl.arange(0, x.shape[0], layout=rows) < end, factor, 0.0)
+    return f * factor[:, None]
 
 
 @gluon.jit
@@ -83,10 +87,10 @@ def _hopper_linear_bwd_q_kernel(
     b, h = gl.program_id(2).to(gl.int64), gl.program_id(1).to(gl.int64)
     m_head = b * (H // M_GROUP) + h // M_GROUP
     cols = gl.arange(0, D, layout=O_COLS)
-    x_tile = _place(stride_xl, D, D)
-    do_tile = _place(stride_dl, D, D)
-    dx_tile = _place(stride_gl, D, D)
-    m_tile = _place(D, D, D)
+    x_tile = _place(stride_xl, D, D, W)
+    do_tile = _place(stride_dl, D, D, W)
+    dx_tile = _place(stride_gl, D, D, W)
+    m_tile = _place(D, D, D, W)
     TILE: gl.constexpr = x_tile.type.layout
     r = gl.arange(0, D, layout=gl.SliceLayout(1, TILE))[:, None]
     first = q_first + chunk * tiles_per_chunk * D

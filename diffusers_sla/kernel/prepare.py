@@ -7,7 +7,8 @@ import triton.language as tl
 
 from .features import HALVES, phi_stats, phi_tile
 from .forward import add_dot
-from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config
+from .launch import PRECISION, block_d, cdiv, chunk_size, prepare_config, takes_gluon
+from .plan import aligned
 
 
 @triton.jit
@@ -153,6 +154,11 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
 
     linear: "all" gives sums per chunk of key blocks, "marginal" per key block in q's dtype, "none" nothing.
     """
+    usual = pool and linear != "marginal" and key_mask is None and HALVES[feature_map] == 1 and blkk == 64 <= blkq
+    if usual and all(map(aligned, (q, k, v))) and takes_gluon(q):
+        from .hopper_prepare import hopper_prepare
+
+        return hopper_prepare(run, q, k, v, blkq, keep_q, keep_k, feature_map, linear == "all", norm)
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks = cdiv(Lq - sum(keep_q), blkq)

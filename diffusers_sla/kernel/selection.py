@@ -150,48 +150,51 @@ def _count_above(scratch, keys, n, num_keys, bound, BLOCK_N: tl.constexpr, ONE: 
 
 @triton.jit
 def _nth_largest(scratch, keys, n, num_keys, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """Per row the `count`-th largest key: [ROWS] uint32, found bit by bit from the top."""
+    """Per row a number [ROWS] uint32 that `count` keys reach, and more only if they are equal: the `count`-th largest
+    key, found bit by bit from the top, or what tells it from the next one already."""
     cut = tl.zeros([ROWS], tl.uint32)
     bit = tl.full([ROWS], 1, tl.uint32) << 31
-    for _ in range(32):
-        candidate = cut | bit
-        cut = tl.where(_count(scratch, keys, n, num_keys, candidate, BLOCK_N, ONE) >= count, candidate, cut)
-        bit = bit >> 1
+    left = 1
+    while left > 0:
+        for _ in tl.static_range(4):
+            found = _count(scratch, keys, n, num_keys, cut | bit, BLOCK_N, ONE)
+            cut = tl.where(found >= count, cut | bit, cut)
+            bit = tl.where(found == count, 0, bit >> 1)
+        left = tl.sum((bit > 0).to(tl.int32), 0)
     return cut
 
 
-@triton.jit(do_not_specialize=["num_q_blocks", "num_k_blocks", "total"])
-def _invert_kernel(
-    map_ptr, starts_ptr, counts_ptr, list_ptr, num_q_blocks, num_k_blocks, total,
-    COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+@triton.jit
+def invert(
+    pid, bh, map_ptr, indices_ptr, starts_ptr, counts_ptr, list_ptr, num_q_blocks, num_k_blocks, topk,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT: how many query blocks chose each key block. Otherwise: where its list starts, and the list, ascending.
-
-    Grid: (cdiv(num_k_blocks, COLS), B * H). starts, counts: [B * H, num_k_blocks], list: [B * H, total], int32.
-    """
-    bh = tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, COLS)
-    j = tl.program_id(0) * COLS + c
-    seen = tl.zeros([COLS], tl.int32)
-    base = seen
-    if not COUNT:
-        before = seen
-        for tile in range(0, tl.program_id(0)):
-            before += tl.load(counts_ptr + bh * num_k_blocks + tile * COLS + c)
-        own = tl.load(counts_ptr + bh * num_k_blocks + j, mask=j < num_k_blocks, other=0)
-        base = tl.sum(before, 0) + tl.cumsum(own, 0) - own
-        tl.store(starts_ptr + bh * num_k_blocks + j, base, mask=j < num_k_blocks)
+    """Of COLS key blocks of a head: where the list of the query blocks that chose each starts, its length, and the
+    list, ascending. starts, counts: [B * H, num_k_blocks], list: [B * H, num_q_blocks * topk], int32."""
+    j = pid * COLS + tl.arange(0, COLS)
+    total = num_q_blocks * topk
+    # The lists of the key blocks before these have as many entries as name one of them.
+    n = tl.arange(0, 32 * ROWS)
+    before = tl.zeros([32 * ROWS], tl.int32)
+    for start in range(0, total, 32 * ROWS):
+        named = tl.load(indices_ptr + bh * total + start + n, mask=start + n < total, other=num_k_blocks)
+        before += (named < pid * COLS).to(tl.int32)
+    i = tl.arange(0, ROWS)[:, None]
+    map_ptr += bh * num_q_blocks * num_k_blocks + j[None, :]
+    chosen = tl.zeros([ROWS, COLS], tl.int32)
     for start in range(0, num_q_blocks, ROWS):
-        i = start + tl.arange(0, ROWS)
-        inside = (i[:, None] < num_q_blocks) & (j[None, :] < num_k_blocks)
-        at = (bh * num_q_blocks + i)[:, None] * num_k_blocks + j[None, :]
-        chosen = (tl.load(map_ptr + at, mask=inside, other=0) == 1).to(tl.int32)
-        if not COUNT:
-            position = base[None, :] + seen[None, :] + tl.cumsum(chosen, 0) - 1
-            tl.store(list_ptr + bh * total + position, tl.broadcast_to(i[:, None], [ROWS, COLS]), mask=chosen != 0)
-        seen += tl.sum(chosen, 0)
-    if COUNT:
-        tl.store(counts_ptr + bh * num_k_blocks + j, seen, mask=j < num_k_blocks)
+        inside = (start + i < num_q_blocks) & (j[None, :] < num_k_blocks)
+        chosen += (tl.load(map_ptr + (start + i) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
+    counts = tl.sum(chosen, 0)
+    first = tl.sum(before, 0) + tl.cumsum(counts, 0) - counts
+    tl.store(starts_ptr + bh * num_k_blocks + j, first, mask=j < num_k_blocks)
+    tl.store(counts_ptr + bh * num_k_blocks + j, counts, mask=j < num_k_blocks)
+    for start in range(0, num_q_blocks, ROWS):
+        inside = (start + i < num_q_blocks) & (j[None, :] < num_k_blocks)
+        chosen = (tl.load(map_ptr + (start + i) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
+        position = first[None, :] + tl.cumsum(chosen, 0) - 1
+        tl.store(list_ptr + bh * total + position, tl.broadcast_to(start + i, [ROWS, COLS]), mask=chosen != 0)
+        first += tl.sum(chosen, 0)
 
 
 def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, sums=None):
@@ -227,16 +230,3 @@ def indices_of(block_map, topk):
     n = max(1, int(topk * block_map.shape[-1]))
     order = (block_map != 1).to(torch.int8).argsort(dim=-1, stable=True)
     return order[..., :n].to(torch.int32).contiguous()
-
-
-def invert(run, block_map, topk):
-    """Per key block who chose it, int32: starts, counts [B * H, num_k_blocks], list [B * H, total] of query blocks."""
-    B, H, num_q_blocks, num_k_blocks = block_map.shape
-    total = num_q_blocks * max(1, int(topk * num_k_blocks))
-    starts, counts = (run.empty((B * H, num_k_blocks), torch.int32) for _ in range(2))
-    listed = run.empty((B * H, total), torch.int32)
-    grid = (cdiv(num_k_blocks, 32), B * H)
-    sizes = (num_q_blocks, num_k_blocks, total)
-    for count in (True, False):
-        run.launch(_invert_kernel, grid, block_map, starts, counts, listed, *sizes, COUNT=count, ROWS=64, COLS=32)
-    return starts, counts, listed

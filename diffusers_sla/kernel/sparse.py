@@ -21,7 +21,7 @@ from .marginal import gather_marginal, scatter_marginal
 from .plan import Now, Parts, Plan, layout, like, planned
 from .prepare import prepare
 from .projection import project_sums
-from .selection import indices_of, invert, select
+from .selection import indices_of, select
 
 
 def _on_its_device(function):
@@ -237,7 +237,7 @@ def _backward_steps(
         do_s[:, :, :first] = do[:, :, :first]
         do_s[:, :, end:] = do[:, :, end:]
     sparse_bwd(
-        run, do_s, q, k, v, o_s, lse, indices, invert(run, block_map, topk), key_mask, dq, dk, dv,
+        run, do_s, q, k, v, o_s, lse, indices, block_map, key_mask, dq, dk, dv,
         blkq, blkk, keep_q, keep_k, scale, linear != "none",
     )  # fmt: skip
 

@@ -103,10 +103,10 @@ def main(backend, arch, count=None):
         projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
     if arch == "90":
-        from diffusers_sla.kernel import hopper, hopper_linear
+        from diffusers_sla.kernel import hopper, hopper_linear, hopper_prepare
 
         launch.has_gluon = lambda device: True
-        MODULES.extend([hopper, hopper_linear])
+        MODULES.extend([hopper, hopper_linear, hopper_prepare])
     made: list[tuple[str, int]] = []
     for module in MODULES:
         for name in [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]:

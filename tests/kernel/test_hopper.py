@@ -1,13 +1,15 @@
-"""The kernels in Gluon, of hopper.py and hopper_linear.py: what they are launched for, what they compute on a Hopper
-GPU. That they compile: test_launch.py."""
+"""The kernels in Gluon, of hopper.py, hopper_linear.py and hopper_prepare.py: what they are launched for, what they
+compute on a Hopper GPU. That they compile: test_launch.py."""
 
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case, check
 
-from diffusers_sla.kernel import forward, launch, linear, sla_attention
+from diffusers_sla.kernel import forward, launch, linear, prepare, sla_attention
+from diffusers_sla.kernel.plan import Now
 
 
 class Launched:
@@ -46,6 +48,32 @@ def test_it_takes_what_it_can(monkeypatch):
         {"q": rows[1:].as_strided((1, 2, 128, 128), (2 * 128 * 128, 128 * 128, 128, 1))},
     ):  # fmt: skip
         assert launched_for(**other) == "_sparse_fwd_kernel", other
+
+
+def prepare_launched_for(
+    q=None, D=128, dtype=torch.bfloat16, blkq=64, blkk=64, mask=None, phi="softmax", linear="all", pool=True
+):  # fmt: skip
+    k, run = torch.zeros(1, 2, 256, D, dtype=dtype), Launched()
+    prepare.prepare(
+        run, k if q is None else q, k, k, None, mask, blkq, blkk, (0, 0), (3, 5), phi, linear, pool, 0.5
+    )  # fmt: skip
+    return run.name
+
+
+def test_passes_over_q_k_v_it_takes(monkeypatch):
+    assert prepare_launched_for() == "_prepare_kernel"
+    if not launch.knows_gluon():
+        pytest.skip("this Triton has another Gluon")
+    monkeypatch.setattr(launch, "has_gluon", lambda device: True)
+    for served in ({}, {"D": 64}, {"dtype": torch.float16}, {"blkq": 128}, {"phi": "elu"}, {"linear": "none"}):
+        assert prepare_launched_for(**served) == "_hopper_prepare_kernel", served
+    rows = torch.zeros(256 * 136 * 2, dtype=torch.bfloat16)
+    for other in (
+        {"D": 96}, {"dtype": torch.float32}, {"blkq": 32}, {"blkk": 128}, {"phi": "hedgehog"}, {"linear": "marginal"},
+        {"pool": False}, {"mask": torch.ones(1, 256, dtype=torch.bool)},
+        {"q": rows.as_strided((1, 2, 256, 128), (256 * 136, 128, 136, 1))},
+    ):  # fmt: skip
+        assert prepare_launched_for(**other) == "_prepare_kernel", other
 
 
 def gradients_launched_for(x=None, D=128, dtype=torch.bfloat16, mask=None, phi="softmax", marginal=False):
@@ -98,7 +126,7 @@ def launches(monkeypatch):
     """The names of the kernels in Gluon that were launched; another forward fails."""
     if not torch.cuda.is_available() or not launch.has_gluon(torch.device("cuda")):
         pytest.skip("needs a Hopper GPU")
-    from diffusers_sla.kernel import hopper, hopper_linear
+    from diffusers_sla.kernel import hopper, hopper_linear, hopper_prepare
 
     names = []
 
@@ -110,6 +138,7 @@ def launches(monkeypatch):
 
         monkeypatch.setattr(kernel, "__class__", Counted)
 
+    counted(hopper_prepare._hopper_prepare_kernel)
     counted(hopper._hopper_fwd_kernel)
     counted(hopper_linear._hopper_linear_bwd_q_kernel)
     counted(hopper_linear._hopper_linear_bwd_k_kernel)
@@ -118,9 +147,10 @@ def launches(monkeypatch):
 
 
 def launched(case):
-    """What a forward and a backward of a case launch."""
+    """What `check` of a case launches: the choice alone, a forward and a backward."""
+    names = ["_hopper_prepare_kernel"] if case.linear == "marginal" else ["_hopper_prepare_kernel"] * 2
     gradients = ["_hopper_linear_bwd_q_kernel", "_hopper_linear_bwd_k_kernel"]
-    return ["_hopper_fwd_kernel"] + (gradients if case.linear == "all" else [])
+    return [*names, "_hopper_fwd_kernel", *(gradients if case.linear == "all" else [])]
 
 
 def any_case(seed):
@@ -148,6 +178,40 @@ def test_random_configurations(seed, launches):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("phi", ["softmax", "elu", "relu"])
+@pytest.mark.parametrize(
+    ("heads", "lengths", "blkq", "keep"),
+    [
+        ((2, 2), (640, 640), 64, 0), ((6, 2), (1000, 77), 128, 5), ((4, 4), (75, 9000), 128, 0),
+        ((2, 1), (9000, 130), 64, 40),
+    ],
+)  # fmt: skip
+def test_means_and_sums(D, phi, heads, lengths, blkq, keep, launches):
+    torch.manual_seed(0)
+    (H, Hkv), (Lq, Lk) = heads, lengths
+    q, k, v = (
+        torch.randn(2, length, h, D, device="cuda", dtype=torch.float16).transpose(1, 2)
+        for h, length in ((H, Lq), (Hkv, Lk), (Hkv, Lk))
+    )
+    run, keeps = Now(q.device), ((keep, 0), (0, keep))
+    q_mean, k_mean, _, sums, z = prepare.prepare(run, q, k, v, None, None, blkq, 64, *keeps, phi, "all", True, 0.25)
+    for got, x, blk in ((q_mean, q[:, :, keep:], blkq), (k_mean, k[:, :, : Lk - keep], 64)):
+        want = torch.stack([block.double().mean(2) for block in x.split(blk, 2)], 2)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    x = k[:, :, : Lk - keep].double()
+    f = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}[phi](x)
+    want = 0.25 * v[:, :, : Lk - keep].double().mT @ f
+    torch.testing.assert_close(sums.double().sum(2), want, rtol=2e-3, atol=2e-3 * want.abs().max().item())
+    torch.testing.assert_close(z.double().sum(2), 0.25 * f.sum(2), rtol=1e-3, atol=1e-3)
+    assert launches == ["_hopper_prepare_kernel"]
+    q[0, 0, keep + 70, 3] = k[0, 0, 3, 5] = float("nan")
+    q_mean, k_mean, *_ = prepare.prepare(run, q, k, v, None, None, blkq, 64, *keeps, phi, "none", True, 0.25)
+    assert q_mean.isnan().nonzero().tolist() == [[0, 0, 70 // blkq, 3]]
+    assert k_mean.isnan().nonzero().tolist() == [[0, 0, 0, 5]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("edge", [(64, 64), (1, 1), (65, 63), (128, 640), (1, 300)])
 def test_whole_ragged_and_single_tokens(D, edge, launches):
     Lq, Lk = edge
@@ -170,7 +234,7 @@ def test_a_sequence_without_a_key_leaves_the_others_gradients_alone():
 
     def gradients(key_mask, *given):
         o = sla_attention(*given, topk=0.1, proj_l_weight=weight, key_mask=key_mask, impl="triton")
-        return torch.autograd.grad(o[:1].float().square().mean(), (*given, weight))
+        return torch.autograd.grad(o[:1].float().square().sum(), (*given, weight))
 
     masked = gradients(torch.tensor([[True], [False]], device="cuda").expand(2, 4096), q, k, v)
     alone = gradients(None, q[:1], k[:1], v[:1])

@@ -20,11 +20,11 @@ def compile_for(*arguments):
 
 
 def test_the_kernels_compile_and_fit_where_there_is_least_shared_memory():
-    assert compile_for("cuda", "86", "1") == ["compiled 10"]
+    assert compile_for("cuda", "86", "1") == ["compiled 8"]
 
 
 def test_hoppers_own_kernels_compile():
-    assert compile_for("cuda", "90", "1") == ["compiled 34"]
+    assert compile_for("cuda", "90", "1") == ["compiled 32"]
 
 
 @pytest.mark.slow
@@ -32,8 +32,8 @@ def test_hoppers_own_kernels_compile():
     "target", [("cuda", "80"), ("cuda", "86"), ("cuda", "90"), ("cuda", "100"), ("cuda", "120"), ("hip", "gfx942")]
 )
 def test_every_case_compiles_and_fits(target):
-    more = 3 * 24 if target[1] == "90" else 0  # without proj_s, by hopper.py
-    assert compile_for(*target) == [f"compiled {90 + more}"]
+    more = 3 * 24 if target[1] == "90" else 0  # without proj_s, by the kernels in Gluon
+    assert compile_for(*target) == [f"compiled {72 + more}"]
 
 
 @pytest.mark.parametrize("shared", [launch.ROCM_SHARED, launch.SMALL_SHARED, *launch.SHARED.values()])

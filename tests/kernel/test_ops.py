@@ -53,9 +53,9 @@ def _compiled_kernels():
 
     modules = [forward, backward, linear, prepare, projection, selection]
     if launch.has_gluon(torch.device("cuda")):
-        from diffusers_sla.kernel import hopper, hopper_linear
+        from diffusers_sla.kernel import hopper, hopper_linear, hopper_prepare
 
-        modules += [hopper, hopper_linear]
+        modules += [hopper, hopper_linear, hopper_prepare]
     kernels = [
         value
         for module in modules

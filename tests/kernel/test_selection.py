@@ -39,13 +39,30 @@ def test_ties_go_to_the_lower_index(impl, device):
 
 
 def test_the_inverse_list_names_who_chose_each_block(device):
+    from diffusers_sla.kernel import backward
     from diffusers_sla.kernel.plan import Now
-    from diffusers_sla.kernel.selection import invert
+    from diffusers_sla.kernel.selection import indices_of
 
-    q, k = torch.randn(1, 2, 96, 16, device=device), torch.randn(1, 2, 160, 16, device=device)
+    class Listing(Now):
+        """Launches only the programs that make the list, and keeps it."""
+
+        def launch(self, kernel, grid, *arguments, **constants):
+            given = dict(zip(kernel.arg_names, arguments, strict=False))
+            if "num_inverting" in given:
+                super().launch(kernel, (given["num_inverting"], *grid[1:]), *arguments, **constants)
+                self.made = [given[f"{name}_ptr"] for name in ("starts", "counts", "list")]
+
+    # More key blocks than a program takes, and more of them listed than it counts at a time.
+    q, k = torch.randn(1, 2, 16 * 130, 16, device=device), torch.randn(1, 2, 16 * 70, 16, device=device)
     chosen = select_blocks(q, k, topk=0.3, blkq=16, blkk=16, impl="reference")
-    starts, counts, listed = invert(Now(chosen.device), chosen, 0.3)
+    indices, run = indices_of(chosen, 0.3), Listing(q.device)
+    lse = torch.zeros(2, 1, 2, 16 * 130, device=device)
+    gradients = [torch.empty_like(x) for x in (q, k, k)]
+    backward.sparse_bwd(
+        run, q, q, k, k, q, lse, indices, chosen, None, *gradients, 16, 16, (0, 0), (0, 0), 1.0, False
+    )  # fmt: skip
+    starts, counts, listed = run.made
     for head in range(2):
-        for block in range(10):
+        for block in range(70):
             rows = listed[head, starts[head, block] :][: counts[head, block]].tolist()
             assert rows == (chosen[0, head, :, block] == 1).nonzero().flatten().tolist()
