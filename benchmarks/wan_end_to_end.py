@@ -1,5 +1,5 @@
-"""One forward of Wan 2.1's 1.3B transformer at 480p, 81 frames (32760 tokens), random weights: dense against SLA, as it
-is and with `compile_repeated_blocks(fullgraph=True)`.
+"""One forward of Wan 2.1's 1.3B transformer at 480p, 81 frames (32760 tokens), random weights: dense against SLA, as
+it is and with `compile_repeated_blocks(fullgraph=True)`.
 
 python benchmarks/wan_end_to_end.py [FILE.json]
 """

@@ -16,7 +16,7 @@ def project(
     """BLOCK_F features of a head: total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or
     factor * total @ W; z likewise."""
     BLOCK_F: tl.constexpr = 16
-    TILE: tl.constexpr = 8
+    STAGES: tl.constexpr = 5
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     EXACT: tl.constexpr = product_ptr.dtype.element_ty == tl.float32
     head = (pid // TILES).to(tl.int64)
@@ -27,12 +27,9 @@ def project(
     w = _weight_tile(w_ptr, d, e, D, TRANSPOSE)  # before the chunks, so that it comes at the same time
     total = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     z = tl.zeros([BLOCK_F], tl.float32)
-    for start in range(0, num_chunks, TILE):
-        for i in tl.static_range(TILE):  # unrolled, so that loads do not wait for each other
-            there = start + i < num_chunks
-            chunk = head * num_chunks + start + i
-            total += tl.load(sums_ptr + (chunk * D + d[None, :]) * F + f[:, None], mask=inside & there, other=0.0)
-            z += tl.load(z_ptr + chunk * F + f, mask=(f < F) & there, other=0.0)
+    for chunk in tl.range(head * num_chunks, (head + 1) * num_chunks, num_stages=STAGES):
+        total += tl.load(sums_ptr + (chunk * D + d[None, :]) * F + f[:, None], mask=inside, other=0.0)
+        z += tl.load(z_ptr + chunk * F + f, mask=f < F, other=0.0)
     tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
     tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
     for first in tl.static_range(0, D, BLOCK_E):

@@ -22,11 +22,11 @@ def _select(
     r = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, TILE)
-    # [ROWS, tiles, W]: so that a warp has whole rows, and counting needs no barrier.
+    # A tile of [ROWS, W] numbers gives a warp whole rows, so that counting needs no barrier.
     W: tl.constexpr = BLOCK_N if BLOCK_N < 128 else 128
-    n = tl.arange(0, BLOCK_N // W)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    w = tl.arange(0, W)[None, :]
     scratch_ptr += pid.to(tl.int64) * (ROWS * num_keys)
-    scratch = scratch_ptr + r[:, None, None] * num_keys
+    scratch = scratch_ptr + r[:, None] * num_keys + w
     for group in range(pid, num_groups, num_pids):
         bh = group // groups_per_head
         rows = (group % groups_per_head) * ROWS + r
@@ -52,116 +52,114 @@ def _select(
             tl.store(scratch_ptr + r[:, None] * num_keys + j[None, :], tl.where(j[None, :] < num_k_blocks, key, 0))
         tl.debug_barrier()
 
-        keys = tl.load(scratch + n)
-        cut = _nth_largest(scratch, keys, n, num_keys, topk, ROWS, BLOCK_N, ONE)
-        ties = (topk - _count_above(scratch, keys, n, num_keys, cut, BLOCK_N, ONE))[:, None, None]
+        cut, ties = _threshold(scratch, num_keys, topk, ROWS, W, BLOCK_N, ONE)
         if HAS_SKIP:
-            low_cut = _nth_largest(scratch, keys, n, num_keys, num_unskipped, ROWS, BLOCK_N, ONE)
-            low_ties = num_unskipped - _count_above(scratch, keys, n, num_keys, low_cut, BLOCK_N, ONE)
-        above_seen = tl.zeros([ROWS], tl.int32)
-        equal_seen = tl.zeros([ROWS], tl.int32)
-        low_equal_seen = tl.zeros([ROWS], tl.int32)
-        at = (bh * num_q_blocks + rows)[:, None, None]
-        for start in range(0, num_keys, BLOCK_N):
-            j = start + n
+            low_cut, low_ties = _threshold(scratch, num_keys, num_unskipped, ROWS, W, BLOCK_N, ONE)
+        above_seen = tl.zeros([ROWS, 1], tl.int32)
+        equal_seen = above_seen
+        low_equal_seen = above_seen
+        at = (bh * num_q_blocks + rows)[:, None]
+        for start in range(0, num_keys, W):
+            j = start + w
             inside = j < num_k_blocks
-            if not ONE:
-                keys = tl.load(scratch + j)
-            above = keys > cut[:, None, None]
-            equal = (keys == cut[:, None, None]) & inside
+            key = tl.load(scratch + start)
+            above = key > cut[:, None]
+            equal = (key == cut[:, None]) & inside
             # Both counts in one number: a tile has less than 2^15 keys.
-            upto, total = _running_sum(above.to(tl.int32) + (equal.to(tl.int32) << 16))
-            rank = equal_seen[:, None, None] + (upto >> 16)
-            critical = above | (equal & (rank <= ties))
-            position = above_seen[:, None, None] + (upto & 0xFFFF) + tl.minimum(rank, ties) - 1
+            both = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+            upto = tl.cumsum(both, 1)
+            total = tl.sum(both, 1)[:, None]
+            rank = equal_seen + (upto >> 16)
+            critical = above | (equal & (rank <= ties[:, None]))
+            position = above_seen + (upto & 0xFFFF) + tl.minimum(rank, ties[:, None]) - 1
             above_seen += total & 0xFFFF
             equal_seen += total >> 16
-            store = critical & row_valid[:, None, None]
-            tl.store(indices_ptr + at * topk + position, tl.broadcast_to(j, [ROWS, BLOCK_N // W, W]), mask=store)
+            store = critical & row_valid[:, None]
+            tl.store(indices_ptr + at * topk + position, tl.broadcast_to(j, [ROWS, W]), mask=store)
             value = critical.to(tl.int32)
             if HAS_SKIP:
-                low_equal = (keys == low_cut[:, None, None]) & inside
-                low_upto, low_total = _running_sum(low_equal.to(tl.int32))
-                low_rank = low_equal_seen[:, None, None] + low_upto
-                low_equal_seen += low_total
-                kept = (keys > low_cut[:, None, None]) | (low_equal & (low_rank <= low_ties[:, None, None]))
+                low_equal = (key == low_cut[:, None]) & inside
+                low_rank = low_equal_seen + tl.cumsum(low_equal.to(tl.int32), 1)
+                low_equal_seen += tl.sum(low_equal.to(tl.int32), 1)[:, None]
+                kept = (key > low_cut[:, None]) | (low_equal & (low_rank <= low_ties[:, None]))
                 value = tl.where(kept, value, -1)
-            tl.store(map_ptr + at * num_k_blocks + j, value.to(tl.int8), mask=inside & row_valid[:, None, None])
+            tl.store(map_ptr + at * num_k_blocks + j, value.to(tl.int8), mask=inside & row_valid[:, None])
 
 
-@triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale", "num_projecting", "num_chunks"])  # fmt: skip  # noqa: E501
+@triton.jit(do_not_specialize=["num_groups", "groups_per_head", "num_q_blocks", "num_k_blocks", "topk", "num_unskipped", "scale", "num_selecting", "num_chunks"])  # fmt: skip  # noqa: E501
 def _select_kernel(
     q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
     sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr,
     H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
-    num_projecting, num_chunks,
+    num_selecting, num_chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PROJECT: tl.constexpr, F: tl.constexpr,
     BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The choice; the first num_projecting programs do what else is due between `prepare` and the forward, as
-    `_project_sums_kernel` does it.
+    """The choice; programs after the first num_selecting do what else is due between `prepare` and the forward, as
+    `_project_sums_kernel` does it: they are the shorter ones.
 
-    Grid: (num_projecting + any,). scratch: [any, ROWS, num_keys] uint32, one program's scores in an order-preserving
-    encoding, then zeros; made TILE blocks at a time and read BLOCK_N at a time, once where ONE says that those are
-    all. indices: [B, H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3).
-    Ties go to the lower index.
+    Grid: (num_selecting + any,). scratch: [num_selecting, ROWS, num_keys] uint32, one program's scores in an
+    order-preserving encoding, then zeros; made TILE blocks at a time. The search for the topk-th keeps the first
+    BLOCK_N, all of them where ONE says so, and reads the others again. indices: [B, H, num_q_blocks, topk] int32
+    ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3). Ties go to the lower index.
     """
     pid = tl.program_id(0)
-    if PROJECT:
-        if pid < num_projecting:
-            project(
-                pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, 1.0,
-                F, D, BLOCK_D, BLOCK_E, True, PRECISION,
-            )  # fmt: skip
-    if pid >= num_projecting:
+    if pid < num_selecting:
         _select(
-            pid - num_projecting, tl.num_programs(0) - num_projecting,
-            q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
+            pid, num_selecting, q_mean_ptr, k_mean_ptr, k_bias_ptr, scratch_ptr, indices_ptr, map_ptr,
             H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys, topk, num_unskipped, scale,
             D, BLOCK_D, ROWS, TILE, BLOCK_N, ONE, HAS_MASK, HAS_SKIP, PRECISION,
         )  # fmt: skip
+    else:
+        if PROJECT:
+            project(
+                pid - num_selecting, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, 1.0,
+                F, D, BLOCK_D, BLOCK_E, True, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
-def _running_sum(x):
-    """Sums of x [ROWS, tiles, W] up to and with each place of its row, and whole rows' [ROWS]."""
-    totals = tl.sum(x, 2)
-    before = tl.cumsum(totals, 1) - totals
-    return tl.cumsum(x, 2) + before[:, :, None], tl.sum(totals, 1)
-
-
-@triton.jit
-def _count(scratch, keys, n, num_keys, bound, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """Per row the number of keys >= bound > 0. `keys` is the first tile, all there are if ONE."""
-    found = tl.sum((keys >= bound[:, None, None]).to(tl.int32), 1)
+def _count(a, b, c, d, scratch, num_keys, bound, W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+    """Per row the number of keys >= bound > 0. a to d: the first tiles, as far as BLOCK_N goes; all if ONE."""
+    found = (a >= bound[:, None]).to(tl.int32)
+    if BLOCK_N > W:
+        found += (b >= bound[:, None]).to(tl.int32)
+    if BLOCK_N > 2 * W:
+        found += (c >= bound[:, None]).to(tl.int32) + (d >= bound[:, None]).to(tl.int32)
     if not ONE:
-        for start in range(BLOCK_N, num_keys, BLOCK_N):
-            found += tl.sum((tl.load(scratch + start + n) >= bound[:, None, None]).to(tl.int32), 1)
+        for start in range(BLOCK_N, num_keys, W):
+            found += (tl.load(scratch + start) >= bound[:, None]).to(tl.int32)
     return tl.sum(found, 1)
 
 
 @triton.jit
-def _count_above(scratch, keys, n, num_keys, bound, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """Per row the number of keys > bound."""
-    above = _count(scratch, keys, n, num_keys, bound + 1, BLOCK_N, ONE)
-    return tl.where(bound == 0xFFFFFFFF, 0, above)
-
-
-@triton.jit
-def _nth_largest(scratch, keys, n, num_keys, count, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """Per row a number [ROWS] uint32 that `count` keys reach, and more only if they are equal: the `count`-th largest
-    key, found bit by bit from the top, or what tells it from the next one already."""
+def _threshold(
+    scratch, num_keys, count, ROWS: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr
+):
+    """Per row a number [ROWS] uint32 that `count` keys reach, and more only if they are equal; and how many [ROWS] of
+    those that equal it are among the `count` largest. Found bit by bit from the top, until it tells them apart."""
+    tl.static_assert(BLOCK_N <= 4 * W)
+    a = tl.load(scratch)
+    b = a
+    c = a
+    d = a
+    if BLOCK_N > W:
+        b = tl.load(scratch + W)
+    if BLOCK_N > 2 * W:
+        c = tl.load(scratch + 2 * W)
+        d = tl.load(scratch + 3 * W)
     cut = tl.zeros([ROWS], tl.uint32)
     bit = tl.full([ROWS], 1, tl.uint32) << 31
     left = 1
     while left > 0:
         for _ in tl.static_range(4):
-            found = _count(scratch, keys, n, num_keys, cut | bit, BLOCK_N, ONE)
+            found = _count(a, b, c, d, scratch, num_keys, cut | bit, W, BLOCK_N, ONE)
             cut = tl.where(found >= count, cut | bit, cut)
             bit = tl.where(found == count, 0, bit >> 1)
         left = tl.sum((bit > 0).to(tl.int32), 0)
-    return cut
+    above = _count(a, b, c, d, scratch, num_keys, cut + 1, W, BLOCK_N, ONE)
+    return cut, count - tl.where(cut == 0xFFFFFFFF, 0, above)
 
 
 @triton.jit
@@ -214,10 +212,10 @@ def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, 
     num_keys = cdiv(num_k_blocks, BLOCK_N) * BLOCK_N
     F, num_chunks, projecting = (D, 0, 0) if sums is None else projection(sums[0], Hkv)
     run.launch(
-        _select_kernel, (projecting + programs,),
+        _select_kernel, (programs + projecting,),
         q_mean, k_mean, k_bias, run.empty((programs, config.rows, num_keys), torch.uint32), indices, block_map,
         *(sums or [None] * 6), H, Hkv, num_groups, groups_per_head, num_q_blocks, num_k_blocks, num_keys,
-        indices.shape[3], num_k_blocks - num_skipped, scale, projecting, num_chunks,
+        indices.shape[3], num_k_blocks - num_skipped, scale, programs, num_chunks,
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
         PROJECT=sums is not None, F=F, BLOCK_E=32 if sums is None else projected_columns(sums[4]),
