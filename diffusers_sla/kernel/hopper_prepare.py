@@ -56,8 +56,9 @@ def _hopper_prepare_kernel(
     end = gl.minimum(first + tiles_per_chunk * 64, k_end)
     tile = program * q_tiles
     last_tile = gl.minimum(tile + q_tiles, num_q_tiles)
-    k_base = k_ptr + b.to(gl.int64) * stride_kb + h.to(gl.int64) * stride_kh + first.to(gl.int64) * stride_kl
-    v_base = v_ptr + b.to(gl.int64) * stride_vb + h.to(gl.int64) * stride_vh + first.to(gl.int64) * stride_vl
+    k_base = k_ptr + b.to(gl.int64) * stride_kb + h.to(gl.int64) * stride_kh
+    v_base = v_ptr + b.to(gl.int64) * stride_vb + h.to(gl.int64) * stride_vh
+    origin = first.to(gl.int64)
     q_rows = _place(stride_ql, D, 64, W)
     k_rows = _place(stride_kl, D, 64, W)
     v_rows = _place(stride_vl, D, 64, W)
@@ -74,7 +75,7 @@ def _hopper_prepare_kernel(
         slot = step & 1
         _arrived(0)
         start = first + step * 64 + 64  # of the next step
-        at = (step + 1).to(gl.int64) * 64
+        at = origin + (start - first)
         _load(ks.index(1 - slot), k_base + at * stride_kl + k_rows, r < end - start)
         if HAS_LINEAR:
             _load(vs.index(1 - slot), v_base + at * stride_vl + v_rows, r < end - start)
