@@ -20,7 +20,7 @@ from .hopper_linear import _phi_of, tiles_of_a_program
 from .launch import cdiv
 
 # Programs that the GPU takes at a time, by head size, and registers a thread.
-PROGRAMS, REGISTERS = {64: 528, 128: 264}, 128
+PROGRAMS, REGISTERS = {64: 396, 128: 264}, 128
 
 
 @gluon.jit(do_not_specialize=["q_first", "q_end", "k_first", "k_end", "num_q_blocks", "num_q_tiles", "q_tiles", "num_k_blocks", "tiles_per_chunk", "norm"])  # fmt: skip  # noqa: E501

@@ -16,7 +16,7 @@ def project(
     """BLOCK_F features of a head: total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or
     factor * total @ W; z likewise."""
     BLOCK_F: tl.constexpr = 16
-    STAGES: tl.constexpr = 5
+    STAGES: tl.constexpr = 5 if BLOCK_D <= 128 else 2  # chunks on their way, 16 rows of float32 each
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     EXACT: tl.constexpr = product_ptr.dtype.element_ty == tl.float32
     head = (pid // TILES).to(tl.int64)
