@@ -167,7 +167,7 @@ def _sparse_bwd_dq_kernel(
 ):  # fmt: skip
     """dQ of BLOCK_M queries a program; the first num_inverting programs make the inverse list that dK and dV walk.
 
-    Grid: (num_inverting + num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), from num_kept on as in the forward. dq
+    Grid: (num_inverting + num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), the others as in the forward. dq
     holds the linear branch's share of the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the
     forward. delta: [B, H, num_rows] float32. map: [B, H, num_q_blocks, num_k_blocks] int8; the rest as in `invert`.
     """

@@ -1,8 +1,9 @@
 """The pass of prepare.py for Hopper, in half precision with blocks of 64 keys, in Triton's Gluon dialect.
 
 Each program takes a share of the queries beside its keys, so that their bytes come while phi is computed. Block means
-and z are products with ones, from the tiles in shared memory. Not for key masks, hedgehog, sums of marginal blocks
-only, given block maps, and rows that do not begin at multiples of 16 bytes: those take the Triton kernel.
+and z are products with ones, from the tiles in shared memory. Not for queries in blocks of less than 64, many more
+queries than keys (as where heads share keys), key masks, hedgehog, sums of marginal blocks only, given block maps, and
+rows that do not begin at multiples of 16 bytes: those take the Triton kernel.
 """
 
 from triton.experimental import gluon
@@ -19,7 +20,7 @@ from .hopper import _arrived, _load, _place
 from .hopper_linear import _phi_of, tiles_of_a_program
 from .launch import cdiv
 
-# Programs that the GPU takes at a time, by head size, and registers a thread.
+# About how many programs share the work, by head size, and registers a thread.
 PROGRAMS, REGISTERS = {64: 396, 128: 264}, 128
 
 

@@ -95,8 +95,8 @@ def knows_gluon():
 
 
 def takes_gluon(q):
-    """Whether usual calls of this head size and dtype go to the kernels of hopper.py and hopper_linear.py, which have
-    one tile each."""
+    """Whether usual calls of this head size and dtype go to the kernels in Gluon (hopper*.py), which have one tile
+    each."""
     return q.element_size() == 2 and q.shape[-1] in (64, 128) and has_gluon(q.device)
 
 
@@ -224,8 +224,16 @@ def select_config(q_mean):
 
 def projected_columns(product):
     """Columns of the weight that a program takes at a time: all of it where it fits, so that it is loaded first."""
-    whole = product.element_size() == 2 and _row_bytes(product) <= 256 and shared_memory(product.device) > SMALL_SHARED
+    roomy = shared_memory(product.device) > 2 * SMALL_SHARED
+    whole = product.element_size() == 2 and _row_bytes(product) <= 256 and roomy
     return block_d(product.shape[-1]) if whole else 32
+
+
+def summed_stages(x):
+    """Pipeline stages of the sum over chunks, 16 rows of float32 each, so that two programs fit a multiprocessor."""
+    if block_d(x.shape[-1]) > 128:
+        return 2
+    return 5 if shared_memory(x.device) > 2 * SMALL_SHARED else 3
 
 
 @tunable

@@ -155,7 +155,9 @@ def prepare(run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map,
     linear: "all" gives sums per chunk of key blocks, "marginal" per key block in q's dtype, "none" nothing.
     """
     usual = pool and linear != "marginal" and key_mask is None and HALVES[feature_map] == 1 and blkk == 64 <= blkq
-    if usual and all(map(aligned, (q, k, v))) and takes_gluon(q):
+    # Each of its programs takes a share of the queries beside its keys: not many more of those than of these.
+    even = 2 * q.shape[1] * q.shape[2] <= 3 * k.shape[1] * k.shape[2]
+    if usual and even and all(map(aligned, (q, k, v))) and takes_gluon(q):
         from .hopper_prepare import hopper_prepare
 
         return hopper_prepare(run, q, k, v, blkq, keep_q, keep_k, feature_map, linear == "all", norm)

@@ -4,19 +4,18 @@ import triton
 import triton.language as tl
 
 from .forward import dot_over_d
-from .launch import block_d, cdiv, projected_columns, rounded_precision
+from .launch import block_d, cdiv, projected_columns, rounded_precision, summed_stages
 
 
 @triton.jit
 def project(
     pid, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
     F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_F features of a head: total = the sum of the chunks; product = factor * total @ W^T (TRANSPOSE) or
     factor * total @ W; z likewise."""
     BLOCK_F: tl.constexpr = 16
-    STAGES: tl.constexpr = 5 if BLOCK_D <= 128 else 2  # chunks on their way, 16 rows of float32 each
     TILES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     EXACT: tl.constexpr = product_ptr.dtype.element_ty == tl.float32
     head = (pid // TILES).to(tl.int64)
@@ -54,12 +53,12 @@ def _weight_tile(w_ptr, d, e, D: tl.constexpr, TRANSPOSE: tl.constexpr):
 def _project_sums_kernel(
     sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
     F: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TRANSPOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads * cdiv(F, 16),). sums: [heads, num_chunks, D, F], z: [heads, num_chunks, F], w: [D, D]."""
     project(
         tl.program_id(0), sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, factor,
-        F, D, BLOCK_D, BLOCK_E, TRANSPOSE, PRECISION,
+        F, D, BLOCK_D, BLOCK_E, STAGES, TRANSPOSE, PRECISION,
     )  # fmt: skip
 
 
@@ -76,7 +75,7 @@ def project_sums(run, sums, z, weight, total, product, z_total, heads, transpose
     F, num_chunks, programs = projection(sums, heads)
     run.launch(
         _project_sums_kernel, (programs,), sums, z, weight, total, product, z_total, num_chunks, factor,
-        F=F, D=D, BLOCK_D=block_d(D), BLOCK_E=projected_columns(product), TRANSPOSE=transpose,
-        PRECISION=rounded_precision(product.dtype),
+        F=F, D=D, BLOCK_D=block_d(D), BLOCK_E=projected_columns(product), STAGES=summed_stages(product),
+        TRANSPOSE=transpose, PRECISION=rounded_precision(product.dtype),
         num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import block_d, cdiv, projected_columns, rounded_precision, select_config
+from .launch import block_d, cdiv, projected_columns, rounded_precision, select_config, summed_stages
 from .projection import project, projection
 
 
@@ -33,10 +33,9 @@ def _select(
         row_valid = rows < num_q_blocks
         bh_kv = (bh // H * Hkv + bh % H // (H // Hkv)).to(tl.int64)
         bh = bh.to(tl.int64)
-        q = tl.load(
-            q_mean_ptr + (bh * num_q_blocks + rows)[:, None] * D + d[None, :],
-            mask=row_valid[:, None] & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
+        # Rows past the end repeat the last: equal scores would keep the search going.
+        q_rows = bh * num_q_blocks + tl.minimum(rows, num_q_blocks - 1)
+        q = tl.load(q_mean_ptr + q_rows[:, None] * D + d[None, :], mask=d[None, :] < D, other=0.0)
         tl.debug_barrier()
         for start in range(0, num_keys, TILE):
             j = start + t
@@ -46,7 +45,8 @@ def _select(
             )  # fmt: skip
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             if HAS_MASK:
-                scores += tl.load(k_bias_ptr + bh_kv * num_k_blocks + j, mask=j < num_k_blocks, other=0.0)[None, :]
+                bias = tl.load(k_bias_ptr + bh_kv * num_k_blocks + j, mask=j < num_k_blocks, other=0.0)
+                scores = tl.where(bias[None, :] < 0, float("-inf"), scores)  # NaN, too
             bits = scores.to(tl.int32, bitcast=True)
             key = tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
             tl.store(scratch_ptr + r[:, None] * num_keys + j[None, :], tl.where(j[None, :] < num_k_blocks, key, 0))
@@ -94,15 +94,16 @@ def _select_kernel(
     num_selecting, num_chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
     ONE: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SKIP: tl.constexpr, PROJECT: tl.constexpr, F: tl.constexpr,
-    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The choice; programs after the first num_selecting do what else is due between `prepare` and the forward, as
     `_project_sums_kernel` does it: they are the shorter ones.
 
-    Grid: (num_selecting + any,). scratch: [num_selecting, ROWS, num_keys] uint32, one program's scores in an
-    order-preserving encoding, then zeros; made TILE blocks at a time. The search for the topk-th keeps the first
-    BLOCK_N, all of them where ONE says so, and reads the others again. indices: [B, H, num_q_blocks, topk] int32
-    ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3). Ties go to the lower index.
+    Grid: (num_selecting, which may be any, + those of `projection`,). scratch: [num_selecting, ROWS, num_keys]
+    uint32, one program's scores in an order-preserving encoding, then zeros; made TILE blocks at a time. The search
+    for the topk-th keeps the first BLOCK_N, all of them where ONE says so, and reads the others again. indices: [B,
+    H, num_q_blocks, topk] int32 ascending; map: [B, H, num_q_blocks, num_k_blocks] int8 (eq. 3). Ties go to the
+    lower index.
     """
     pid = tl.program_id(0)
     if pid < num_selecting:
@@ -115,7 +116,7 @@ def _select_kernel(
         if PROJECT:
             project(
                 pid - num_selecting, sums_ptr, z_ptr, w_ptr, total_ptr, product_ptr, z_total_ptr, num_chunks, 1.0,
-                F, D, BLOCK_D, BLOCK_E, True, PRECISION,
+                F, D, BLOCK_D, BLOCK_E, STAGES, True, PRECISION,
             )  # fmt: skip
 
 
@@ -182,14 +183,14 @@ def invert(
     chosen = tl.zeros([ROWS, COLS], tl.int32)
     for start in range(0, num_q_blocks, ROWS):
         inside = (start + i < num_q_blocks) & (j[None, :] < num_k_blocks)
-        chosen += (tl.load(map_ptr + (start + i) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
+        chosen += (tl.load(map_ptr + (start + i).to(tl.int64) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
     counts = tl.sum(chosen, 0)
     first = tl.sum(before, 0) + tl.cumsum(counts, 0) - counts
     tl.store(starts_ptr + bh * num_k_blocks + j, first, mask=j < num_k_blocks)
     tl.store(counts_ptr + bh * num_k_blocks + j, counts, mask=j < num_k_blocks)
     for start in range(0, num_q_blocks, ROWS):
         inside = (start + i < num_q_blocks) & (j[None, :] < num_k_blocks)
-        chosen = (tl.load(map_ptr + (start + i) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
+        chosen = (tl.load(map_ptr + (start + i).to(tl.int64) * num_k_blocks, mask=inside, other=0) == 1).to(tl.int32)
         position = first[None, :] + tl.cumsum(chosen, 0) - 1
         tl.store(list_ptr + bh * total + position, tl.broadcast_to(start + i, [ROWS, COLS]), mask=chosen != 0)
         first += tl.sum(chosen, 0)
@@ -219,7 +220,7 @@ def select(run, q_mean, k_mean, k_bias, skip, scale, dtype, indices, block_map, 
         D=D, BLOCK_D=block_d(D), ROWS=config.rows, TILE=min(config.block_c, BLOCK_N), BLOCK_N=BLOCK_N,
         ONE=num_keys == BLOCK_N, HAS_MASK=k_bias is not None, HAS_SKIP=num_skipped > 0,
         PROJECT=sums is not None, F=F, BLOCK_E=32 if sums is None else projected_columns(sums[4]),
-        PRECISION=rounded_precision(dtype), **config.options,
+        STAGES=summed_stages(q_mean), PRECISION=rounded_precision(dtype), **config.options,
     )  # fmt: skip
 
 

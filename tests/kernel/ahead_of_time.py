@@ -48,7 +48,11 @@ class Compiled:
         signature, constexprs, attributes = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = given[parameter.name]
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (type(value) is int and value == 1 and not parameter.do_not_specialize)
+            ):
                 signature[parameter.name], constexprs[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = f"*{NAMES[value.dtype]}"

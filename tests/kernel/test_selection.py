@@ -38,6 +38,18 @@ def test_ties_go_to_the_lower_index(impl, device):
     assert chosen[0, 0].tolist() == [[1, 1, 0, -1]] * 4
 
 
+@pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
+def test_a_hidden_block_is_not_chosen_for_a_nan_either(impl, device):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 32, 16, device=device), torch.randn(1, 1, 64, 16, device=device)
+    q[0, 0, 3, 5] = float("nan")
+    mask = torch.ones(1, 64, dtype=torch.bool, device=device)
+    mask[0, :16] = False
+    chosen = select_blocks(q, k, topk=0.25, blkq=16, blkk=16, key_mask=mask, impl=impl)
+    assert chosen[0, 0, :, 0].tolist() == [0, 0]
+    assert chosen[0, 0, 0].tolist() == [0, 1, 0, 0]
+
+
 def test_the_inverse_list_names_who_chose_each_block(device):
     from diffusers_sla.kernel import backward
     from diffusers_sla.kernel.plan import Now
