@@ -26,9 +26,22 @@ def test_many_blocks_are_read_a_tile_at_a_time(num_k_blocks, device):
         torch.randn(1, 1, 16 * num_k_blocks - 3, 16, device=device).round(),
     )
     k[..., 16 * 200 : 16 * 400, :] = 0.0  # ties across tiles
-    settings = {"topk": 0.4, "blkq": 16, "blkk": 16, "skip": 0.4}
+    settings = {"topk": 0.5, "blkq": 16, "blkk": 16, "skip": 0.4}
     chosen = select_blocks(q, k, **settings, impl="triton")
     assert torch.equal(chosen, select_blocks(q, k, **settings, impl="reference"))
+
+
+@pytest.mark.parametrize("num_k_blocks", [5, 300, 1300])
+def test_the_list_has_the_maps_blocks_in_order(num_k_blocks, device):
+    from diffusers_sla.kernel.plan import Now
+    from diffusers_sla.kernel.selection import indices_of, select
+
+    torch.manual_seed(0)
+    q_mean, k_mean = (torch.randn(2, 2, n, 16, device=device).round() for n in (19, num_k_blocks))
+    indices = torch.empty(2, 2, 19, int(0.6 * num_k_blocks), dtype=torch.int32, device=device)
+    chosen = torch.empty(2, 2, 19, num_k_blocks, dtype=torch.int8, device=device)
+    select(Now(q_mean.device), q_mean, k_mean, None, 0.0, 1.0, torch.float32, indices, chosen)
+    assert torch.equal(indices, indices_of(chosen, 0.6))
 
 
 @pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
