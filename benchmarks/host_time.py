@@ -36,8 +36,12 @@ class IdleDriver:
                 self.name = metadata.name
 
             def __call__(self, x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+                if enter is not None:
+                    enter(launch_metadata)
                 if idle.launched is not None:
                     idle.launched.append((self.name, function, (x, y, z), stream, arguments))
+                if leave is not None:
+                    leave(launch_metadata)
 
         self.launcher_cls, self.utils = Launcher, self
 

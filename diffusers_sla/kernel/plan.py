@@ -12,6 +12,8 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from .launch import table
@@ -155,8 +157,14 @@ class Plan:
         bases = [0 if x is None else x.data_ptr() for x in (*tensors, scratch)]
         values = [bases[at] + offset for at, offset in places] + constants
         stream = driver.active.get_current_stream(driver.active.get_current_device())
-        for launch, arguments_of in launches:
-            launch(*arguments_of(values), stream=stream)
+        if hooked():
+            for compiled, grid, arguments_of in launches:
+                compiled[grid](*arguments_of(values), stream=stream)
+            return
+        # The same without what there is only for hooks.
+        for compiled, grid, arguments_of in launches:
+            function, metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*grid, stream, function, metadata, None, None, None, *arguments_of(values))
 
     def _first(self, tensors):
         """Launch through Triton, which compiles. Returns what the next run needs, None under the interpreter."""
@@ -178,7 +186,7 @@ class Plan:
                 else:
                     where.append(len(buffers) + len(constants))
                     constants.append(x)
-            launches.append((compiled[(*grid, 1, 1)[:3]], itemgetter(*where)))
+            launches.append((compiled, (*grid, 1, 1)[:3], itemgetter(*where)))
         return ([(x.at, x.offset) for x in buffers.values()], constants, launches) if launches else None
 
     def _tensor(self, x, tensors):
@@ -190,6 +198,13 @@ class Plan:
         if x is self.given[x.at]:
             return tensor
         return x.of(tensor.new_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
+
+
+def hooked():
+    """Whether Triton is to call someone, such as its profiler, with every launch."""
+    hooks: Any = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
+    # Since Triton 3.5 a hook is a chain of calls.
+    return any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook))
 
 
 def planned(make):

@@ -13,6 +13,8 @@ import weakref
 from pathlib import Path
 
 import torch
+import triton
+from triton.compiler import CompiledKernel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from host_time import use_idle_driver
@@ -135,6 +137,24 @@ def the_stream_is_that_of_the_call():
     IDLE.stream = 0
 
 
+def hooks_hear_of_every_launch():
+    call = Call(**CASES[0])
+    hooks = triton.knobs.runtime if hasattr(triton, "knobs") else CompiledKernel
+    kept, heard = hooks.launch_enter_hook, []
+    if hasattr(kept, "add"):
+        kept.add(heard.append)
+    else:
+        hooks.launch_enter_hook = heard.append
+    assert Call(**CASES[0]).launches == call.launches
+    if hasattr(kept, "add"):
+        kept.remove(heard.append)
+    else:
+        hooks.launch_enter_hook = kept
+    assert [metadata.get()["name"] for metadata in heard] == [entry[0] for entry in call.launches]
+    assert Call(**CASES[0]).launches == call.launches
+    assert len(heard) == len(call.launches)
+
+
 def threads_share_a_plan():
     def work():
         for _ in range(50):
@@ -159,5 +179,6 @@ if __name__ == "__main__":
     other_alignments_take_other_kernels()
     a_changed_table_is_used_at_once()
     the_stream_is_that_of_the_call()
+    hooks_hear_of_every_launch()
     threads_share_a_plan()
     print("as the first time")
