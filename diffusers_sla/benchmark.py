@@ -1,7 +1,8 @@
 """How fast one shape runs: dense attention, FlexAttention over the same blocks, and SLA, in one process.
 
 Inputs are random and rotate; on a GPU each call starts with a cold L2 and is timed by device events, so that launches
-are queued while the cache is flushed. Nothing here prints.
+are queued while the cache is flushed. Backwards follow one another, as they do in training: their forwards are
+launched before. Nothing here prints.
 """
 
 import functools
@@ -232,13 +233,12 @@ def _tensors(case: Case, what: str, device: torch.device) -> tuple[list[tuple[Te
 
 
 def _calls(make, sets, do: Tensor | None) -> Iterator[Callable[[], Any]]:
-    """Forwards over one set after the other, or where there is a dO backwards of forwards that have run."""
-    for inputs in itertools.cycle(sets):
-        if do is None:
-            yield functools.partial(make, *inputs)
-        else:
-            o = make(*inputs)
-            yield functools.partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
+    """Forwards over one set after the other, or where there is a dO backwards, of forwards that all ran before."""
+    if do is None:
+        calls = [functools.partial(make, *inputs) for inputs in sets]
+    else:
+        calls = [functools.partial(torch.autograd.grad, make(*x), x, do, retain_graph=True) for x in sets]
+    yield from itertools.cycle(calls)
 
 
 def _measure(case, name, what, make, device, repeats, measured) -> Row:
