@@ -50,8 +50,10 @@ class SparseLinearAttention(nn.Module):
         Returns:
             [B, H, Lq, D] in q's dtype; with `return_sparsity` also the share of key blocks kept.
         """
+        # Any strides, as the reference takes them.
+        inputs = (x.to(self.dtype) if x.stride(-1) == 1 else x.to(self.dtype).contiguous() for x in (q, k, v))
         o = sla_attention(
-            *(x.to(self.dtype) for x in (q, k, v)), **self.config.kernel_settings(),
+            *inputs, **self.config.kernel_settings(),
             proj_l_weight=self.proj_l.weight, proj_l_bias=self.proj_l.bias,
         ).to(q.dtype)  # fmt: skip
         if not return_sparsity:

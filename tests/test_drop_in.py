@@ -43,6 +43,14 @@ def test_a_topk_of_less_than_a_block_keeps_one_and_lengths_may_differ():
     assert kept == 1 / 8
 
 
+def test_inputs_of_any_strides():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 16, 64) for _ in range(3))
+    module = SparseLinearAttention(16, 0.5, BLKQ=16, BLKK=16, use_bf16=False)
+    strided = module(*(x.transpose(2, 3) for x in (q, k, v)))
+    assert torch.equal(strided, module(*(x.transpose(2, 3).contiguous() for x in (q, k, v))))
+
+
 def test_all_blocks_and_a_zero_projection_are_dense_attention():
     q, k, v = (x.half() for x in inputs())
     o = SparseLinearAttention(16, 1.0, use_bf16=False)(q, k, v)

@@ -4,13 +4,14 @@ import math
 
 import torch
 
-from .reference import block_map_reference, block_scores_reference, sla_attention_reference
+from .reference import block_map_reference, block_scores_reference, check_chosen, sla_attention_reference
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_MODES = ("all", "marginal", "none")
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COUNTS, NUMBERS = {int, torch.SymInt}, (int, float, torch.SymInt, torch.SymFloat)
 
 
 def sla_attention(
@@ -42,7 +43,8 @@ def sla_attention(
             are neither in a block nor in the linear branch. Blocks are cut on what lies between.
         is_causal: Must be False: a block chosen as a whole has no causal form.
         block_map: [B, H, ceil(q tokens / blkq), ceil(k tokens / blkk)] int8 from `select_blocks`: 1 critical,
-            0 marginal, -1 negligible; every row has max(1, int(topk * num_k_blocks)) ones. None: chosen here.
+            0 marginal, -1 negligible; every row has max(1, int(topk * num_k_blocks)) ones, which a GPU asserts when
+            it gets there. None: chosen here.
         impl: "triton" (GPU, or any device under TRITON_INTERPRET=1), "eager" (plain torch, any device, memory
             linear in L), "reference" (dense, the definition), or "auto": triton for GPU tensors, eager otherwise.
 
@@ -64,9 +66,10 @@ def sla_attention(
     for name, weight in (("phi_q_weight", phi_q_weight), ("phi_k_weight", phi_k_weight)):
         _check_weight(name, weight, (D, D), q)
         if (weight is not None) != (feature_map == "hedgehog") and proj_l_weight is not None and linear != "none":
-            raise ValueError(f"{name} goes with feature_map='hedgehog' and only with it, got {feature_map!r}")
+            given = "none" if weight is None else "one"
+            raise ValueError(f"{name} goes with feature_map 'hedgehog' only: {feature_map!r} was given with {given}")
     _check_keys(q, k, key_mask, keep_q, keep_k)
-    _check_block_map(q, k, block_map, blkq, blkk, keep_q, keep_k)
+    _check_block_map(q, k, block_map, topk, blkq, blkk, keep_q, keep_k)
 
     return _attention(impl, q)(
         q, k, v, topk=topk, blkq=blkq, blkk=blkk, feature_map=feature_map, linear=linear, skip=skip, scale=scale,
@@ -160,6 +163,9 @@ def _check_tensors(q, k, v, impl):
 
 
 def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causal):
+    for name, number in (("topk", topk), ("skip", skip), ("scale", 0.0 if scale is None else scale)):
+        if not isinstance(number, NUMBERS):
+            raise TypeError(f"{name} must be a number, got {number!r}")
     if not 0 < topk <= 1:
         raise ValueError(f"topk must be in (0, 1], got {topk}")
     if not 0 <= skip < 1:
@@ -167,8 +173,8 @@ def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causa
     if topk + skip > 1:
         raise ValueError(f"topk + skip must not exceed 1, got {topk} + {skip}")
     for name, block in (("blkq", blkq), ("blkk", blkk)):
-        if block not in BLOCK_SIZES:
-            raise ValueError(f"{name} must be one of {BLOCK_SIZES}, got {block}")
+        if type(block) is not int or block not in BLOCK_SIZES:  # 64.0 is among them
+            raise ValueError(f"{name} must be one of the integers {BLOCK_SIZES}, got {block!r}")
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
     if linear not in LINEAR_MODES:
@@ -182,6 +188,8 @@ def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causa
 def _check_weight(name, weight, shape, q):
     if weight is None:
         return
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise TypeError(f"{name} must be a tensor of a float dtype, got {getattr(weight, 'dtype', weight)!r}")
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(weight.shape)}")
     if weight.device != q.device:
@@ -191,21 +199,30 @@ def _check_weight(name, weight, shape, q):
 def _check_keys(q, k, key_mask, keep_q, keep_k):
     if key_mask is not None:
         shape = (k.shape[0], k.shape[2])
+        if not isinstance(key_mask, torch.Tensor):
+            raise TypeError(f"key_mask must be a bool tensor of shape {shape}, got {type(key_mask).__name__}")
         if tuple(key_mask.shape) != shape or key_mask.dtype != torch.bool:
             raise ValueError(f"key_mask must be bool of shape {shape}, got {key_mask.dtype} {tuple(key_mask.shape)}")
         if key_mask.device != q.device:
             raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
     for name, keep, x in (("keep_q", keep_q, q), ("keep_k", keep_k, k)):
+        if not isinstance(keep, (tuple, list)) or not COUNTS.issuperset(map(type, keep)):  # True is an int, too
+            raise TypeError(f"{name} must be two integers, got {keep!r}")
         if len(keep) != 2 or min(keep) < 0 or sum(keep) >= x.shape[2]:
             raise ValueError(f"{name} must be two counts >= 0 that leave a token of {x.shape[2]} between, got {keep}")
 
 
-def _check_block_map(q, k, block_map, blkq, blkk, keep_q, keep_k):
+def _check_block_map(q, k, block_map, topk, blkq, blkk, keep_q, keep_k):
     if block_map is None:
         return
     rows, cols = -(-(q.shape[2] - sum(keep_q)) // blkq), -(-(k.shape[2] - sum(keep_k)) // blkk)
     shape = (q.shape[0], q.shape[1], rows, cols)
+    if not isinstance(block_map, torch.Tensor):
+        raise TypeError(f"block_map must be an int8 tensor of shape {shape}, got {type(block_map).__name__}")
     if tuple(block_map.shape) != shape or block_map.dtype != torch.int8:
         raise ValueError(f"block_map must be int8 of shape {shape}, got {block_map.dtype} {tuple(block_map.shape)}")
     if block_map.device != q.device:
         raise ValueError(f"block_map must be on {q.device} like q, got {block_map.device}")
+    # What is traced cannot look, the kernels' side does where they run.
+    if not block_map.is_cuda and not torch.compiler.is_compiling() and type(block_map) is torch.Tensor:
+        check_chosen(block_map, topk)

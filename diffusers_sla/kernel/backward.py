@@ -119,11 +119,12 @@ def _query_gradients(
         for step in range(0, num_whole):
             first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
             chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
-            k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
-            v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
             visible = n >= 0
             if HAS_MASK:
                 visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
+            k, v = k_base + k_first * stride_kl, v_base + k_first * stride_vl
+            k = load_rows(k, first, inner, stride_kl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
+            v = load_rows(v, first, inner, stride_vl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
             delta, dq = _dq_step(
                 q, do, k, v, visible, lse, top, delta, dq, scale_log2, turn < EXACT, HAS_MASK, EXACT, PRECISION
             )

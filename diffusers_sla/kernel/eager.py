@@ -78,6 +78,8 @@ def sla_attention_eager(
     given = q
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = _as_computed(q, k, v)
+        if key_mask is not None:  # what it hides must not reach anyone, NaN included
+            k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
         if block_map is None:
             with torch.no_grad():
                 scores = _scores(q, k, blkq, blkk, scale, key_mask, keep_q, keep_k)
@@ -126,7 +128,8 @@ def _blocks(x, block):
 
 def _dense(q, k, v, key_mask, scale):
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # a traced length's comparison is no bool
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, **gqa)
 
 
 def _add_linear_branch(
@@ -211,7 +214,7 @@ def _key_features(k, v, hidden, feature_map, phi_k):
     f, v = _logits(k, feature_map, phi_k), v.float()
     if feature_map in SOFTMAX_MAPS:
         f = _softmax(f, f is not k)
-    return (f, v) if hidden is None else (f.masked_fill(hidden, 0), v.masked_fill(hidden, 0))
+    return (f if hidden is None else f.masked_fill(hidden, 0)), v
 
 
 def _mixture(h, z, feature_map, bias):
@@ -283,6 +286,7 @@ class _SparseAttention(torch.autograd.Function):
         return gather.join(out)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, indices, key_mask = ctx.saved_tensors
         blkq, blkk, keep_k, scale = ctx.settings
@@ -355,10 +359,6 @@ class _Gather:
             self.valid = inner.expand(B, Hkv, num_k_blocks, blkk).reshape(-1, blkk)
             kept = torch.cat([valid[:, :first], valid[:, last:]], 1)
             self.kept_valid = kept[:, None].expand(B, Hkv, kept.shape[1]).flatten(0, 1)
-            if key_mask is not None:  # what it hides must not reach anyone, NaN included
-                hidden, kept_hidden = ~self.valid[..., None], ~self.kept_valid[..., None]
-                self.k, self.v = (x.masked_fill(hidden, 0) for x in (self.k, self.v))
-                self.kept_k, self.kept_v = (x.masked_fill(kept_hidden, 0) for x in (self.kept_k, self.kept_v))
 
     def steps(self):
         for start in range(0, self.q.shape[0], self.size):

@@ -46,14 +46,18 @@ def num_listed_whole(list_base, listed, k_first, k_end, BLKK: tl.constexpr, BLOC
 
 @triton.jit
 def load_rows(
-    base, first, inner, stride, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, BLKK: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Tile [BLOCK_N, BLOCK_D] of rows first + inner, all of which exist; first is one for all if BLOCK_N <= BLKK."""
+    base, first, inner, stride, cols, visible,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLKK: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tile [BLOCK_N, BLOCK_D] of rows first + inner, all of which exist; first is one for all if BLOCK_N <= BLKK.
+    MASKED: 0 in rows that are not visible, as 0 times what is hidden there may be NaN."""
     if BLOCK_N <= BLKK:
         ptrs = base + first * stride + (inner[:, None] * stride + cols[None, :])
     else:
         ptrs = base + (first * stride)[:, None] + (inner[:, None] * stride + cols[None, :])
-    if BLOCK_D == D:
+    if MASKED:
+        return tl.load(ptrs, mask=visible[:, None] & (cols[None, :] < D), other=0.0)
+    elif BLOCK_D == D:
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=cols[None, :] < D, other=0.0)
@@ -221,11 +225,12 @@ def _sparse_fwd_kernel(
     for step in range(0, num_whole):
         first, inner = chosen.to(tl.int64) * BLKK, place_in_block(step, n, BLKK, BLOCK_N)
         chosen = listed_block(list_base, step + 1, step + 1 < num_whole, n, BLKK, BLOCK_N)
-        k = load_rows(k_base + k_first * stride_kl, first, inner, stride_kl, cols, D, BLOCK_D, BLKK, BLOCK_N)
-        v = load_rows(v_base + k_first * stride_vl, first, inner, stride_vl, cols, D, BLOCK_D, BLKK, BLOCK_N)
         visible = n >= 0
         if HAS_MASK:
             visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
+        k, v = k_base + k_first * stride_kl, v_base + k_first * stride_vl
+        k = load_rows(k, first, inner, stride_kl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
+        v = load_rows(v, first, inner, stride_vl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
         acc, row_sum, row_max = _attend(
             q, k, v, visible, acc, row_sum, row_max, scale_log2, HAS_MASK, EXACT, PRECISION
         )

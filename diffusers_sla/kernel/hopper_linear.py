@@ -132,7 +132,10 @@ def _hopper_linear_bwd_q_kernel(
             den = gl.sum(f * z, 1)
             inv = gl.where(den == 0.0, 0.0, 1.0 / (den + eps))
         f = f * inv[:, None]
-        fs.store(f.to(dtype))
+        if dtype == gl.float16:  # as `finite` does
+            fs.store(gl.where(f > 65504.0, 65504.0, f).to(dtype))
+        else:
+            fs.store(f.to(dtype))
         fence_async_shared()
         mdo = warpgroup_mma_wait(0, deps=[mdo])
         dm = warpgroup_mma(do.permute((1, 0)), fs, dm, is_async=True)

@@ -1,6 +1,6 @@
 """The linear branch around the kernels: its sums, and its backward.
 
-With norm = D / Lk, which keeps sums over any length inside float16:
+With norm, which keeps sums over any length inside float16, D / Lk or, where a row of phi does not sum to 1, 1 / Lk:
 H = norm sum phi(k)^T v,  z = norm sum phi(k),  M = H W^T,  O_l W^T = phi(q) M / (phi(q) z + norm 1e-5)   (eq. 5, 6).
 So W only ever multiplies [D, D] matrices, and the kernels know nothing of it. H and M are per key head when every
 block is summed ("all"), per query block when only the marginal ones are.
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
+from .features import HALVES, finite, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
 from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, takes_gluon
 from .plan import aligned
@@ -106,7 +106,7 @@ def _linear_bwd_q_kernel(
             df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
             dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
-            f = (f * inv[:, None]).to(do.dtype)
+            f = finite(f * inv[:, None], do.dtype)
             if half == 0:
                 dm_0 = add_dot(tl.trans(do), f, dm_0, EXACT, PRECISION)
                 dz_0 += dz
@@ -120,11 +120,11 @@ def _linear_bwd_q_kernel(
     tl.store(dbias_ptr + out * D + cols, tl.sum(dbias, 0), mask=(cols < D) & (tl.program_id(2) == 0))
     dm_ptrs = dm_ptr + (out * D + cols[:, None]) * (NUM_HALVES * D) + own[None, :]
     square = (cols[:, None] < D) & own_valid[None, :]
-    tl.store(dm_ptrs, dm_0.to(dm_ptr.dtype.element_ty), mask=square)
+    tl.store(dm_ptrs, finite(dm_0, dm_ptr.dtype.element_ty), mask=square)
     feature = out * NUM_HALVES * D + own
     tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_0, 0), 0), mask=own_valid)
     if NUM_HALVES == 2:
-        tl.store(dm_ptrs + D, dm_1.to(dm_ptr.dtype.element_ty), mask=square)
+        tl.store(dm_ptrs + D, finite(dm_1, dm_ptr.dtype.element_ty), mask=square)
         feature += D
         tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
@@ -268,8 +268,8 @@ def _linear_bwd_k_kernel(
         )  # fmt: skip
 
 
-def norm_of(q, k):
-    return q.shape[-1] / k.shape[2]
+def norm_of(k, feature_map):
+    return (k.shape[-1] if feature_map in ("softmax", "hedgehog") else 1) / k.shape[2]
 
 
 def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block, key_mask):

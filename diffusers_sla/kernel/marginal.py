@@ -3,6 +3,8 @@ map with the sums per key block. No sum is subtracted from that over all blocks,
 the transpose.
 """
 
+import torch
+
 
 def marginal_rows(block_map, num_kv_heads, dtype):
     """0/1 matrix [B, Hkv, H // Hkv * num_q_blocks, num_k_blocks] of the marginal blocks."""
@@ -26,9 +28,14 @@ def scatter_marginal(dm, dz, block_map, weight, sums, norm):
     blocks, and dW. sums: of key blocks, as above."""
     B, Hkv, _, D, F = sums.shape
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
-    dm = (columns @ dm.view(B, Hkv, -1, D * F)).view(sums.shape).mT
+    dm = _finite(columns @ dm.view(B, Hkv, -1, D * F)).view(sums.shape).mT
     dz = columns.float() @ dz.view(B, Hkv, -1, F)
     dweight = 0.0
     for part, part_sums in zip(dm.chunk(8, 2), sums.chunk(8, 2)):  # one sum over all features is less exact
         dweight += (part.flatten(2, 3).mT @ part_sums.mT.flatten(2, 3)).float().sum((0, 1))
-    return dm @ weight.to(dm.dtype) * norm, dz * norm, dweight
+    return _finite(dm @ weight.to(dm.dtype)) * norm, dz * norm, dweight
+
+
+def _finite(x):
+    """As `finite` of features.py; in place."""
+    return x.clamp_(-65504, 65504) if x.dtype == torch.float16 else x

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .features import finite
 from .forward import dot_over_d
 from .launch import block_d, cdiv, projected_columns, rounded_precision, summed_stages
 
@@ -37,7 +38,11 @@ def project(
             w = _weight_tile(w_ptr, d, e, D, TRANSPOSE)
         product = dot_over_d(total, w, EXACT, PRECISION) * factor
         ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
-        tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
+        if TRANSPOSE:
+            product = product.to(product_ptr.dtype.element_ty)
+        else:
+            product = finite(product, product_ptr.dtype.element_ty)
+        tl.store(ptrs, product, mask=(f[:, None] < F) & (e[None, :] < D))
 
 
 @triton.jit

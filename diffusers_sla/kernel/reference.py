@@ -24,7 +24,7 @@ def block_scores_reference(q, k, blkq, blkk, scale=None, key_mask=None, keep_q=(
     for start, end in block_bounds(Lk, blkk, keep_k).tolist():
         here = valid[:, start:end]
         count = here.sum(1)
-        total = (k[:, :, start:end] * here[:, None, :, None]).sum(2)
+        total = k[:, :, start:end].masked_fill(~here[:, None, :, None], 0.0).sum(2)
         means.append(total / count.clamp(min=1)[:, None, None])
         empty.append(count == 0)
     k_mean = torch.stack(means, 2).repeat_interleave(H // Hkv, 1)
@@ -41,6 +41,17 @@ def block_map_reference(scores, topk, skip):
     block_map[ranks >= n - int(skip * n)] = -1
     block_map[ranks < max(1, int(topk * n))] = 1
     return block_map
+
+
+def check_chosen(block_map, topk):
+    """Raise where a row of a given map has not as many ones as topk says; from a GPU later, as an assertion there."""
+    n = max(1, int(topk * block_map.shape[-1]))
+    counts = (block_map == 1).sum(-1)
+    if block_map.is_cuda:  # no wait for it
+        torch._assert_async((counts == n).all(), f"block_map must have {n} ones in every row")
+    elif bool((counts != n).any()):
+        found = f"{int(counts.min())} to {int(counts.max())}"
+        raise ValueError(f"block_map must have {n} ones in every row, as topk is {topk}, got {found}")
 
 
 def phi(x, feature_map, weight=None):
@@ -71,6 +82,7 @@ def sla_attention_reference(
     k, v = k.repeat_interleave(H // Hkv, 1), v.repeat_interleave(H // Hkv, 1)
 
     valid = torch.ones(B, Lk, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+    k, v = (x.masked_fill(~valid[:, None, :, None], 0.0) for x in (k, v))  # 0 times what is hidden may be NaN
     valid = valid[:, None, None, :]
     kept_query = torch.ones(Lq, dtype=torch.bool, device=q.device)
     kept_query[keep_q[0] : Lq - keep_q[1]] = False

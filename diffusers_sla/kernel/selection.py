@@ -43,7 +43,7 @@ def _select(
                 k_mean_ptr + (bh_kv * num_k_blocks + j)[:, None] * D + d[None, :],
                 mask=(j[:, None] < num_k_blocks) & (d[None, :] < D), other=0.0,
             )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + 0.0  # -0.0 would order below 0.0
             if HAS_MASK:
                 bias = tl.load(k_bias_ptr + bh_kv * num_k_blocks + j, mask=j < num_k_blocks, other=0.0)
                 scores = tl.where(bias[None, :] < 0, float("-inf"), scores)  # NaN, too

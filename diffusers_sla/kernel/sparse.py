@@ -21,6 +21,7 @@ from .marginal import gather_marginal, scatter_marginal
 from .plan import Now, Parts, Plan, layout, like, planned
 from .prepare import prepare
 from .projection import project_sums
+from .reference import check_chosen
 from .selection import indices_of, select
 
 
@@ -107,7 +108,7 @@ def _forward_steps(
     keep_q, keep_k = keep[:2], keep[2:]
     fq = None if phi_q_weight is None else q @ phi_q_weight.to(q.dtype)
     fk = None if phi_k_weight is None else k @ phi_k_weight.to(k.dtype)
-    norm = norm_of(q, k)
+    norm = norm_of(k, feature_map)
     q_mean, k_mean, k_bias, sums, sums_z = prepare(
         run, q, k, v, fk, key_mask, blkq, blkk, keep_q, keep_k, feature_map, linear, block_map is None, norm
     )
@@ -115,6 +116,7 @@ def _forward_steps(
     if block_map is None:
         select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, chosen, projected)
     else:
+        check_chosen(block_map, topk)  # the backward writes as many entries as there are ones
         indices.copy_(indices_of(block_map, topk))
         if projected:
             project_sums(run, *projected, k.shape[1], True, 1.0)
@@ -155,10 +157,11 @@ def _compute_forward(
     parts = Parts(q.device)
     kept = _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, block_map is None)
     memory = torch.empty(parts.size, dtype=torch.uint8, device=q.device)
-    _forward_steps(
-        Now(q.device), q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask,
-        block_map, o, [None if x is None else x.of(memory) for x in kept], *settings,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        _forward_steps(
+            Now(q.device), q, k, v, proj_l_weight, proj_l_bias, proj_s_weight, phi_q_weight, phi_k_weight, key_mask,
+            block_map, o, [None if x is None else x.of(memory) for x in kept], *settings,
+        )  # fmt: skip
     return o, memory
 
 
@@ -196,7 +199,7 @@ def _backward_steps(
     block_map = chosen if block_map is None else block_map
     keep_q, keep_k = keep[:2], keep[2:]
     if linear != "none":
-        norm = norm_of(q, k)
+        norm = norm_of(k, feature_map)
         hedgehog = phi_q_weight is not None
         fq = q @ phi_q_weight.to(q.dtype) if hedgehog else q
         fk = k @ phi_k_weight.to(k.dtype) if hedgehog else k
@@ -226,7 +229,8 @@ def _backward_steps(
         if hedgehog:
             image = slice(keep_q[0], q.shape[2] - keep_q[1])
             dphi_q.copy_((q[:, :, image].mT @ dfq[:, :, image]).float().sum((0, 1)))
-            dphi_k.copy_((k.mT @ dfk).float().sum((0, 1)))
+            seen = k if key_mask is None else k.masked_fill(~key_mask[:, None, :, None], 0)
+            dphi_k.copy_((seen.mT @ dfk).float().sum((0, 1)))
             dq.copy_(dfq @ phi_q_weight.to(q.dtype).t())
             dk.copy_(dfk @ phi_k_weight.to(k.dtype).t())
     do_s = do
@@ -275,10 +279,11 @@ def _compute_backward(
         return gradients
     dq, choose = gradients[0], block_map is None
     kept = _kept(Parts(q.device), dq, k, topk, blkq, blkk, feature_map, linear, keep, True, choose)
-    _backward_steps(
-        Now(q.device), do, q, k, v, proj_l_weight, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
-        [None if x is None else x.of(memory) for x in kept], gradients, *settings,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        _backward_steps(
+            Now(q.device), do, q, k, v, proj_l_weight, proj_s_weight, phi_q_weight, phi_k_weight, key_mask, block_map,
+            [None if x is None else x.of(memory) for x in kept], gradients, *settings,
+        )  # fmt: skip
     return gradients
 
 

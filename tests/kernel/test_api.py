@@ -17,14 +17,25 @@ X = torch.zeros(1, 2, 32, 16)
         ({"topk": 1.5}, ValueError, r"topk must be in \(0, 1\], got 1.5"),
         ({"topk": float("nan")}, ValueError, r"topk must be in \(0, 1\], got nan"),
         ({"skip": 0.9}, ValueError, "topk \\+ skip must not exceed 1"),
+        ({"topk": None}, TypeError, "topk must be a number, got None"),
+        ({"scale": "auto"}, TypeError, "scale must be a number, got 'auto'"),
         ({"blkq": 48}, ValueError, "blkq must be one of .*, got 48"),
+        ({"blkk": 64.0}, ValueError, "blkk must be one of .*, got 64.0"),
         ({"feature_map": "gelu"}, ValueError, "feature_map must be one of .*, got 'gelu'"),
         ({"linear": "some"}, ValueError, "linear must be one of .*, got 'some'"),
         ({"is_causal": True}, ValueError, "is_causal must be False"),
         ({"scale": float("inf")}, ValueError, "scale must be finite"),
         ({"impl": "cuda"}, ValueError, "impl must be .*, got 'cuda'"),
         ({"proj_l_weight": torch.zeros(8, 8)}, ValueError, r"proj_l_weight must have shape \(16, 16\), got \(8, 8\)"),
+        ({"proj_l_weight": torch.eye(16).int()}, TypeError, "proj_l_weight must be .* float dtype, got torch.int32"),
+        ({"proj_l_weight": torch.eye(16), "proj_l_bias": 0.0}, TypeError, "proj_l_bias must be a tensor .*, got 0.0"),
         ({"proj_l_bias": torch.zeros(16)}, ValueError, "proj_l_bias needs proj_l_weight"),
+        (
+            {"proj_l_weight": torch.eye(16), "feature_map": "hedgehog"},
+            ValueError,
+            "phi_q_weight goes with feature_map 'hedgehog' only: 'hedgehog' was given with none",
+        ),
+        ({"key_mask": [True] * 32}, TypeError, r"key_mask must be a bool tensor of shape \(1, 32\), got list"),
         ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, ValueError, r"key_mask must be bool of shape \(1, 32\)"),
         (
             {"key_mask": torch.ones(1, 32, dtype=torch.bool, device="meta")},
@@ -37,7 +48,14 @@ X = torch.zeros(1, 2, 32, 16)
             "block_map must be on cpu like q, got meta",
         ),
         ({"keep_q": (16, 16)}, ValueError, "keep_q must be two counts"),
+        ({"keep_q": 3}, TypeError, "keep_q must be two integers, got 3"),
+        ({"keep_k": (True, False)}, TypeError, r"keep_k must be two integers, got \(True, False\)"),
         ({"block_map": torch.zeros(1, 2, 9, 9, dtype=torch.int8)}, ValueError, "block_map must be int8 of shape"),
+        (
+            {"block_map": torch.ones(1, 2, 2, 2, dtype=torch.int8), "blkq": 16, "blkk": 16, "topk": 0.5},
+            ValueError,
+            "block_map must have 1 ones in every row, as topk is 0.5, got 2 to 2",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
@@ -60,3 +78,55 @@ def test_only_the_definition_takes_float64():
 def test_the_choice_checks_its_arguments_too():
     with pytest.raises(ValueError, match=r"topk must be in \(0, 1\], got 2"):
         select_blocks(X, X, topk=2)
+
+
+def _gradients(q, k, v, impl, feature_map, linear, key_mask, **settings):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    weights = {"proj_l_weight": torch.eye(16, device=q.device).requires_grad_()}
+    if feature_map == "hedgehog":
+        phi = torch.eye(16, device=q.device).requires_grad_()
+        weights |= {"phi_q_weight": phi, "phi_k_weight": phi}
+    o = sla_attention(
+        *leaves, topk=0.5, blkq=16, blkk=32, feature_map=feature_map, linear=linear, impl=impl, key_mask=key_mask,
+        keep_k=(0, 5), **weights, **settings,
+    )  # fmt: skip
+    return o.detach(), *torch.autograd.grad(
+        o.square().sum(), [*leaves, *{id(w): w for w in weights.values()}.values()]
+    )
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
+@pytest.mark.parametrize(("feature_map", "linear"), [("softmax", "all"), ("elu", "marginal"), ("hedgehog", "all")])
+def test_nothing_that_a_mask_hides_reaches_anyone(impl, feature_map, linear, device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 133, 16, device=device) for _ in range(3))
+    mask = torch.ones(1, 133, dtype=torch.bool, device=device)
+    mask[:, 5] = mask[:, 40:90] = mask[:, 131] = False
+    expected = _gradients(q, k, v, impl, feature_map, linear, mask)
+    assert torch.equal(expected[2][:, :, 5], torch.zeros_like(expected[2][:, :, 5]))
+    for number in (float("nan"), float("inf")):
+        k[:, :, ~mask[0]] = number
+        v[:, :, ~mask[0]] = number
+        got = _gradients(q, k, v, impl, feature_map, linear, mask)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # eager's sums on a GPU vary in order
+
+
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_autocast_does_not_reach_inside_the_kernels_path(linear, device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, 16, device=device).requires_grad_() for _ in range(3))
+    weights = [torch.eye(16, device=device).requires_grad_() for _ in range(2)]
+
+    def step(forward, backward):
+        with torch.autocast(device, torch.float16, enabled=forward):
+            x = (q, k, v) if forward else (x.half() for x in (q, k, v))
+            o = sla_attention(
+                *x, topk=0.5, blkq=16, blkk=16, linear=linear, proj_l_weight=weights[0], proj_s_weight=weights[1],
+                impl="triton",
+            )  # fmt: skip
+        with torch.autocast(device, torch.bfloat16, enabled=backward):
+            return o.detach(), *torch.autograd.grad(o, (q, k, v, *weights), torch.ones_like(o))
+
+    expected = step(False, False)
+    for cast in (step(True, False), step(False, True)):
+        assert all(torch.equal(a, b) for a, b in zip(cast, expected, strict=True))

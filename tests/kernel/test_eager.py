@@ -31,6 +31,13 @@ def test_every_block_and_no_projection_is_dense_attention():
     torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v))
 
 
+def test_gradients_may_be_asked_for_with_their_graph():
+    q, k, v = (torch.randn(1, 1, 32, 16).requires_grad_() for _ in range(3))
+    o = sla_attention(q, k, v, topk=0.5, blkq=16, blkk=16, linear="none", impl="eager")
+    (dq,) = torch.autograd.grad(o.sum(), q, retain_graph=True)
+    assert torch.equal(torch.autograd.grad(o.sum(), q, create_graph=True)[0], dq)
+
+
 def test_nan_in_a_query_stays_in_its_row():
     q, k, v = (torch.randn(1, 1, 64, 16) for _ in range(3))
     q[0, 0, 5] = float("nan")

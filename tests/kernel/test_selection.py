@@ -45,6 +45,14 @@ def test_the_list_has_the_maps_blocks_in_order(num_k_blocks, device):
 
 
 @pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
+def test_scores_of_either_zero_are_equal(impl, device):
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 64, 16, device=device) for _ in range(2))
+    chosen = select_blocks(q, k, topk=0.5, blkq=16, blkk=16, scale=0.0, impl=impl)
+    assert chosen.flatten(0, 2).tolist() == [[1, 1, 0, 0]] * 8
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
 def test_ties_go_to_the_lower_index(impl, device):
     q = k = torch.ones(1, 1, 64, 16, device=device)
     chosen = select_blocks(q, k, topk=0.5, blkq=16, blkk=16, skip=0.25, impl=impl)

@@ -51,6 +51,40 @@ def test_equal_and_extreme_scores_stay_finite(size, device):
     assert all(x.isfinite().all() for x in (o, q.grad, k.grad))
 
 
+@pytest.mark.parametrize(("feature_map", "linear"), [("softmax", "all"), ("hedgehog", "all"), ("softmax", "marginal")])
+def test_float16_stands_queries_whose_features_no_key_has(feature_map, linear, device):
+    """phi / den of such a query is far beyond float16; what comes of it, times phi of the keys, is not."""
+    q, k, v = (torch.zeros(1, 2, 128, 64, dtype=torch.float16, device=device) for _ in range(3))
+    q[..., 1], k[..., 0] = 12, 12
+    v += torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+    leaves = [x.requires_grad_() for x in (q, k, v, torch.eye(64, device=device))]
+    eye = torch.eye(64, device=device)
+    phi = {"phi_q_weight": eye, "phi_k_weight": eye} if feature_map == "hedgehog" else {}
+    gradients = []
+    for impl in ("triton", "eager"):
+        o = sla_attention(
+            *leaves[:3], topk=0.25, blkk=32, feature_map=feature_map, linear=linear, proj_l_weight=leaves[3], **phi,
+            impl=impl,
+        )  # fmt: skip
+        gradients.append([o, *torch.autograd.grad(o.sum(), leaves)])
+    bound = 0.5 if linear == "marginal" else 0.2  # that keeps sums of blocks in float16, cut off at its end
+    for got, expected in zip(*gradients, strict=True):
+        assert (got - expected).abs().max() <= bound * expected.abs().max() + 0.01
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("linear", ["all", "marginal"])
+def test_float16_holds_the_sums_of_features_that_do_not_sum_to_one(feature_map, linear, device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 128, 64, device=device) for _ in range(3))
+    half = [x.half() for x in (q, k * 100, v + 100)]
+    weight = torch.eye(64, device=device)
+    settings = {"topk": 0.25, "blkk": 32, "feature_map": feature_map, "linear": linear, "proj_l_weight": weight}
+    o = sla_attention(*half, **settings, impl="triton")
+    expected = sla_attention(*(x.double() for x in half), **settings, impl="reference")
+    torch.testing.assert_close(o.double(), expected, rtol=3e-3, atol=0.1)
+
+
 def test_two_runs_give_the_same_bits(device):
     q, k, v = (torch.randn(1, 2, 64, 16, device=device, requires_grad=True) for _ in range(3))
     gradients = []
