@@ -1,7 +1,7 @@
 """The backward of linear.py for Hopper, in half precision with sums over all blocks, in Triton's Gluon dialect.
 
 As in hopper.py a tile's place is filled again as soon as it has been read, and copies run while others compute. Not
-for key masks, hedgehog, sums of marginal blocks only, and rows that do not begin at multiples of 16 bytes: those take
+for key masks, hedgehog, sums of marginal blocks only, and strides that are no multiples of 16 numbers: those take
 the Triton kernels.
 """
 

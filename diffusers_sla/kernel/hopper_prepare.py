@@ -3,7 +3,7 @@
 Each program takes a share of the queries beside its keys, so that their bytes come while phi is computed. Block means
 and z are products with ones, from the tiles in shared memory. Not for queries in blocks of less than 64, many more
 queries than keys (as where heads share keys), key masks, hedgehog, sums of marginal blocks only, given block maps, and
-rows that do not begin at multiples of 16 bytes: those take the Triton kernel.
+strides that are no multiples of 16 numbers: those take the Triton kernel.
 """
 
 from triton.experimental import gluon
