@@ -4,7 +4,7 @@ import ast
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .errors import SLAConfigError
@@ -80,14 +80,20 @@ class SLAConfig:
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def parse(cls, settings: "SLAConfig | Mapping[str, Any] | str | None") -> "SLAConfig":
+    def parse(
+        cls, settings: "SLAConfig | Mapping[str, Any] | str | None", base: "SLAConfig | None" = None
+    ) -> "SLAConfig":
         """SLAConfig from one, a mapping, or a JSON or Python-dict string such as '{"topk": 0.15, "blkq": 32}'.
+
+        Args:
+            base: Has the settings that are not named; the defaults when None.
 
         Raises:
             SLAConfigError: The string is neither, a key is unknown, or a value is out of range.
         """
+        base = base or cls()
         if settings is None:
-            return cls()
+            return base
         if isinstance(settings, cls):
             return settings
         if isinstance(settings, str):
@@ -98,7 +104,7 @@ class SLAConfig:
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise SLAConfigError(f"unknown SLA setting {unknown[0]!r}; known are {', '.join(known)}")
-        return cls(**settings)
+        return replace(base, **settings)
 
 
 def _parse_dict(text: str) -> Any:

@@ -91,7 +91,8 @@ def load_sla_weights(
     Args:
         model_or_pipe: A diffusers model or pipeline, with SLA installed or not.
         source: The file, a folder that has one, a repository on the Hub such as "user/repo", or the dict in a file.
-        config: Settings to use instead of the file's; only with `override` where they contradict.
+        config: Settings to use instead of the file's; only with `override` where they contradict. An SLAConfig has
+            all of them; a dict or JSON text those that it names, and the file has the rest.
         override: Let `config`, or the settings installed, win over those in the file.
         strict: See SLAAttnProcessor.
         weight_name: Name of the file, where it is neither `sla_attention.safetensors` nor `sla_attention.pt`.
@@ -107,10 +108,10 @@ def load_sla_weights(
     remote = Remote("", revision, subfolder, token, cache_dir, local_files_only, force_download)
     state = read_state(source if isinstance(source, Mapping) else locate_state(source, weight_name, remote))
     installed = sla_layers(model_or_pipe)
-    wanted = SLAConfig.parse(config) if config is not None else None
-    if wanted is None and installed:
-        wanted = next(iter(installed.values())).config
-    chosen = _settings(state, wanted, override)
+    wanted = next(iter(installed.values())).config if config is None and installed else config
+    chosen, differing = _settings(state, wanted)
+    if differing and not override:
+        raise SLASettingsConflictError(f"{differing}. override=True keeps what is here")
     tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
 
     apply_sla(model_or_pipe, chosen, strict=strict)
@@ -135,7 +136,9 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
     installed = sla_layers(model_or_pipe)
     if not installed:
         raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
-    chosen = _settings(state, next(iter(installed.values())).config, override=False)
+    chosen, differing = _settings(state, next(iter(installed.values())).config)
+    if differing:
+        raise SLASettingsConflictError(f"{differing}. A run goes on with the settings it had: give those to apply_sla")
     tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
     for name, layer in installed.items():
         if ("proj_s.weight" in tensors[name]) != (layer.state.proj_s_weight is not None):
@@ -148,6 +151,18 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
             for key, tensor in tensors[name].items():
                 _copy(tensor, getattr(layer.state, key.replace(".", "_")))
     return state
+
+
+def settings_for(
+    source: str | os.PathLike, given: SLAConfig | Mapping[str, Any] | str | None = None
+) -> tuple[SLAConfig, str]:
+    """The settings to load a state file with: its own, but for those `given`; and where the two differ, in words.
+
+    Raises:
+        SLAStateError, SLAHubError: See `load_sla_weights`.
+        SLAConfigError: What is given is unknown or out of range.
+    """
+    return _settings(read_state(locate_state(source, None, Remote(""))), given)
 
 
 def locate_state(source: str | os.PathLike, weight_name: str | None, remote: Remote) -> Path:
@@ -225,27 +240,25 @@ def parse_settings(state: SLAState) -> SLAConfig:
         SLAStateFormatError: One of them is unknown or out of range.
     """
     if state.settings is None:
-        raise SLASettingsConflictError("the file holds no settings; pass config=SLAConfig(...)")
+        raise SLASettingsConflictError("the file holds no settings; pass config=SLAConfig(...), or --sla-config")
     try:
         return SLAConfig.parse({"min_length": 0} | state.settings)  # files from before it ran SLA at every length
     except SLAConfigError as error:
         raise SLAStateFormatError(f"the file's settings are wrong: {error}") from error
 
 
-def _settings(state: SLAState, wanted: SLAConfig | None, override: bool) -> SLAConfig:
-    if state.settings is None and wanted is not None:
-        return wanted
+def _settings(state: SLAState, given: SLAConfig | Mapping[str, Any] | str | None) -> tuple[SLAConfig, str]:
+    if state.settings is None and given is not None:
+        return SLAConfig.parse(given), ""
     stored = parse_settings(state)
-    if wanted is None or wanted == stored:
-        return stored
-    if override:
-        return wanted
+    wanted = SLAConfig.parse(given, stored)
+    here = wanted.to_dict()
     differing = [
-        f"{name} is {value!r} in the file and {wanted.to_dict()[name]!r} here"
+        f"{name} is {value!r} in the file and {here[name]!r} here"
         for name, value in stored.to_dict().items()
-        if wanted.to_dict()[name] != value
+        if here[name] != value
     ]
-    raise SLASettingsConflictError(f"{'; '.join(differing)}. override=True keeps what is here")
+    return wanted, "; ".join(differing)
 
 
 def _renamed(layers: dict[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:

@@ -31,6 +31,15 @@ def test_parse_takes_none_mappings_and_configs():
     assert SLAConfig.parse(config.to_dict()) == config
 
 
+def test_what_is_not_named_is_the_bases():
+    base = SLAConfig(topk=0.05, skip=0.9, blkq=32, dense_layers=(0,))
+    assert SLAConfig.parse(None, base) is base
+    assert SLAConfig.parse('{"skip": 0.95}', base) == SLAConfig(topk=0.05, skip=0.95, blkq=32, dense_layers=(0,))
+    assert SLAConfig.parse(SLAConfig(), base) == SLAConfig()
+    with pytest.raises(SLAConfigError, match=r"topk \+ skip must not exceed 1, got 0.2 \+ 0.9"):
+        SLAConfig.parse({"topk": 0.2}, base)
+
+
 @pytest.mark.parametrize("topk", [0, 1.5, -0.1, float("nan"), float("inf"), True, "0.2", None])
 def test_topk_out_of_range_is_named(topk):
     with pytest.raises(SLAConfigError, match=r"topk must be a number in \(0, 1\], got "):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from models import make, output
@@ -13,7 +15,7 @@ from diffusers_sla import (
     sla_layers,
     sla_parameters,
 )
-from diffusers_sla.weights import sla_state
+from diffusers_sla.weights import settings_for, sla_state
 
 SPARSE = SLAConfig(topk=0.25, blkq=16, blkk=16)
 
@@ -73,6 +75,23 @@ def test_settings_that_contradict_are_an_error_unless_overridden(tmp_path):
     assert {layer.config.topk for layer in sla_layers(model).values()} == {0.5}
     with pytest.raises(SLASettingsConflictError):
         load_sla_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [dict, json.dumps])
+def test_a_dict_or_text_stands_for_the_settings_it_names_only(tmp_path, kind):
+    save_sla_weights(trained()[0], tmp_path)
+    model, _ = make("wan")
+    load_sla_weights(model, tmp_path, config=kind({"topk": 0.25}))
+    assert {layer.config for layer in sla_layers(model).values()} == {SPARSE}
+    with pytest.raises(SLASettingsConflictError, match=r"^topk is 0\.25 in the file and 0\.5 here\. override=True"):
+        load_sla_weights(model, tmp_path, config=kind({"topk": 0.5, "blkq": 16}))
+    assert {layer.config for layer in sla_layers(model).values()} == {SPARSE}
+    load_sla_weights(model, tmp_path, config=kind({"topk": 0.5}), override=True)
+    assert {layer.config for layer in sla_layers(model).values()} == {SLAConfig(topk=0.5, blkq=16, blkk=16)}
+    assert settings_for(tmp_path) == (SPARSE, "")
+    assert settings_for(tmp_path, kind({"topk": 0.5})) == (
+        SLAConfig(topk=0.5, blkq=16, blkk=16), "topk is 0.25 in the file and 0.5 here",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", ["missing", "extra", "shape", "tensor", "nan"])

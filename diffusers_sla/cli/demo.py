@@ -13,7 +13,15 @@ from ..generation import Request, load_pipeline, save_frames
 from ..lora import LORA_NAME, add_lora, lora_beside
 from ..state import PT_NAME
 from ..weights import load_sla_weights, save_sla_weights
-from .options import device_options, dtype_of, needs_extra, progress, quieten_diffusers, request_options
+from .options import (
+    device_options,
+    dtype_of,
+    needs_extra,
+    progress,
+    quieten_diffusers,
+    request_options,
+    weights_settings,
+)
 
 SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
 
@@ -21,14 +29,14 @@ SAMPLE = Path(__file__).parents[2] / "space_app" / "sample_pipeline"
 @click.command("demo")
 @click.option("--model", metavar="PATH_OR_REPO", help="A pipeline. Default: the sample in the project's repository.")
 @click.option(
-    "--topk", type=float, multiple=True, default=(0.05,), show_default=True,
-    help="Share of key blocks computed exactly; may be given several times.",
+    "--topk", type=float, multiple=True,
+    help="Share of key blocks computed exactly; may be given several times. Default: that of --sla-weights, or 0.05.",
 )  # fmt: skip
 @click.option(
     "--sla-config",
     "--sla_config",
     metavar="JSON",
-    help="Other settings.",
+    help="Other settings. Those not named are those of --sla-weights, or the defaults.",
 )
 @click.option(
     "--sla-weights",
@@ -65,11 +73,14 @@ def command(model, topk, sla_config, sla_weights, device, dtype, out, **wanted):
             raise click.UsageError("the sample pipeline comes with the project's repository only; name a --model")
         wanted = _sample_defaults(wanted)
         sla_weights = sla_weights or SAMPLE.with_name("sample_state")
-    base = SLAConfig.parse(sla_config).to_dict()
+    if sla_weights is None:
+        base = SLAConfig.parse(sla_config, SLAConfig(topk=0.05))
+    else:
+        base = weights_settings(sla_weights, sla_config)
     lora = lora_beside(sla_weights)
     variants = []
-    for value in topk:
-        config = SLAConfig.parse(base | {"topk": value})
+    for value in topk or (base.topk,):
+        config = SLAConfig.parse({"topk": value}, base)
         variants.append(Variant(name=f"SLA untrained, topk {value:g}", config=config))
         if sla_weights is not None:
             variants.append(Variant(name=f"SLA trained, topk {value:g}", config=config, state=sla_weights, lora=lora))

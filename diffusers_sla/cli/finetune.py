@@ -5,7 +5,6 @@ from pathlib import Path
 
 import click
 
-from ..config import SLAConfig
 from .options import needs_extra
 
 # Both spellings, --sla-config and --sla_config: scripts of diffusers and SimpleTuner write the second.
@@ -28,7 +27,10 @@ UNDERSCORES = {"token_normalize_func": lambda name: name.replace("-", "_")}
     "--attention_mechanism", type=click.Choice(["sla", "diffusers"]), default="sla", show_default=True,
     help="SLA, or the model's own attention to compare with.",
 )  # fmt: skip
-@click.option("--sla_config", metavar="JSON", help="""Settings, such as '{"topk": 0.15, "blkq": 32}'.""")
+@click.option(
+    "--sla_config", metavar="JSON",
+    help="""Settings, such as '{"topk": 0.15, "blkq": 32}'; of --sla_weights those not named stay.""",
+)  # fmt: skip
 @click.option("--sla_weights", metavar="PATH", help="Projections to start from, such as a calibration's.")
 @click.option(
     "--train", type=click.Choice(["projection", "lora", "full"]), default="full", show_default=True,
@@ -73,7 +75,7 @@ UNDERSCORES = {"token_normalize_func": lambda name: name.replace("-", "_")}
 @click.option("--report_to", type=click.Choice(["tensorboard", "none"]), default="tensorboard", show_default=True)
 @click.option("--cpu", is_flag=True, help="Train on the CPU although there is something better.")
 @needs_extra("train", "accelerate", "peft", "tensorboard")
-def command(prompt_file, sla_config, lora_target_modules, **values):
+def command(prompt_file, lora_target_modules, **values):
     """Fine-tune a pipeline's denoiser with SLA.
 
     Writes sla_attention.pt, and `transformer/` or `unet/` (--train full) or pytorch_lora_weights.safetensors (--train
@@ -94,7 +96,6 @@ def command(prompt_file, sla_config, lora_target_modules, **values):
         lines = prompt_file.read_text(encoding="utf-8").splitlines()
         values["prompts"] += tuple(line.strip() for line in lines if line.strip())
     settings = FinetuneSettings(
-        sla_config=None if sla_config is None else SLAConfig.parse(sla_config),
         lora_target_modules=tuple(name.strip() for name in lora_target_modules.split(",") if name.strip()),
         **values,
     )

@@ -10,7 +10,15 @@ from ..config import SLAConfig
 from ..generation import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request, check_suffix, generate, load_pipeline, save_frames
 from ..lora import add_lora, lora_beside
 from ..weights import load_sla_weights
-from .options import check_unread, device_options, dtype_of, progress, quieten_diffusers, request_options
+from .options import (
+    check_unread,
+    device_options,
+    dtype_of,
+    progress,
+    quieten_diffusers,
+    request_options,
+    weights_settings,
+)
 
 
 @click.command("generate")
@@ -20,7 +28,10 @@ from .options import check_unread, device_options, dtype_of, progress, quieten_d
     show_default=True, help="SLA, or the model's own attention.",
 )  # fmt: skip
 @click.option(
-    "--sla-config", "--sla_config", metavar="JSON", help="""Settings, such as '{"topk": 0.15, "blkq": 32}'."""
+    "--sla-config",
+    "--sla_config",
+    metavar="JSON",
+    help="""Settings, such as '{"topk": 0.15, "blkq": 32}'; of --sla-weights those not named stay.""",
 )
 @click.option(
     "--sla-weights", "--sla_weights", metavar="PATH_OR_REPO",
@@ -47,16 +58,16 @@ def command(model, attention_mechanism, sla_config, sla_weights, device, dtype, 
     quieten_diffusers()
     if attention_mechanism == "diffusers":
         check_unread("--attention-mechanism diffusers", sla_config=sla_config, sla_weights=sla_weights)
-    config = SLAConfig.parse(sla_config) if sla_config is not None else None
     request = Request(**wanted)
     check_suffix(out, tuple(dict.fromkeys(IMAGE_SUFFIXES + VIDEO_SUFFIXES)), "an image or video")
+    config = SLAConfig.parse(sla_config) if sla_weights is None else weights_settings(sla_weights, sla_config)
     pipe = load_pipeline(model, device, dtype_of(dtype))
     request.arguments(pipe)
     if attention_mechanism == "sla":
         if sla_weights is None:
             apply_sla(pipe, config)
         else:
-            load_sla_weights(pipe, sla_weights, config=config, override=config is not None)
+            load_sla_weights(pipe, sla_weights, config=config, override=True)
             lora = lora_beside(sla_weights)
             if lora is not None:
                 add_lora(pipe, lora)

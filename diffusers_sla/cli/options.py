@@ -2,11 +2,15 @@
 
 import functools
 import importlib.util
+import sys
 
 import click
 import torch
 from diffusers.utils import logging
 from tqdm import tqdm
+
+from ..config import SLAConfig
+from ..weights import settings_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,6 +41,14 @@ def device_options(command):
 
 def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
+
+
+def weights_settings(sla_weights, sla_config: str | None) -> SLAConfig:
+    """The settings in `sla_weights`, but for those that `sla_config` names; says which it replaces."""
+    config, differing = settings_for(sla_weights, sla_config)
+    if differing:
+        print(f"--sla-config replaces settings of {sla_weights}: {differing}", file=sys.stderr)
+    return config
 
 
 def check_unread(because: str, **options) -> None:

@@ -64,6 +64,7 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         SLAUnsupportedError: SLA cannot serve this model, or the pipeline cannot be trained this way.
         SLATrainingError: The loss or the gradient became NaN or infinite: names the step and the last checkpoint.
     """
+    settings = prepare.with_sla_config(settings)
     examples = [] if settings.data is None else scan_folder(settings.data, settings.caption_column)
     out = settings.output_dir
     if settings.resume is None and ((out / RECORD).is_file() or any(out.glob("checkpoint-*"))):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..apply import apply_sla, denoisers
+from ..config import SLAConfig
 from ..errors import SLADataError, SLAUnsupportedError
 from ..generation import Request
 from ..lora import lora_beside
-from ..weights import load_sla_weights
+from ..weights import load_sla_weights, settings_for
 from .batches import Batch, DataBatches, RolloutBatches, Teacher
 from .conditions import Conditions
 from .data import Example, Order, encode_latents, save_whole
@@ -48,13 +50,29 @@ def load(settings: FinetuneSettings, device: torch.device) -> tuple[Any, str, An
     return pipe, component, models[component]
 
 
+def with_sla_config(settings: FinetuneSettings) -> FinetuneSettings:
+    """`settings` with every setting of SLA: what `sla_config` names, and the rest of `sla_weights` or the defaults.
+
+    Raises:
+        SLAStateError, SLAHubError: `sla_weights` is not there or cannot be read.
+        SLAConfigError: A setting is unknown or out of range.
+    """
+    if settings.attention_mechanism == "diffusers":
+        return settings
+    if settings.sla_weights is None:
+        return replace(settings, sla_config=SLAConfig.parse(settings.sla_config))
+    config, differing = settings_for(settings.sla_weights, settings.sla_config)
+    if differing:
+        logger.warning("sla_config replaces settings of %s: %s", settings.sla_weights, differing)
+    return replace(settings, sla_config=config)
+
+
 def install(pipe: Any, settings: FinetuneSettings) -> None:
     """Put SLA on the pipeline as the settings say; calls that it cannot serve raise."""
     if settings.attention_mechanism == "diffusers":
         return
     if settings.sla_weights is not None:
-        given = settings.sla_config
-        load_sla_weights(pipe, settings.sla_weights, config=given, override=given is not None, strict=True)
+        load_sla_weights(pipe, settings.sla_weights, config=settings.sla_config, override=True, strict=True)
         lora = lora_beside(settings.sla_weights)
         if lora is not None:
             logger.warning(

@@ -1,6 +1,7 @@
 """FinetuneSettings: everything `finetune` can be told, validated once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class FinetuneSettings:
         prompts: Texts or classes that objective "distill" without data generates from.
         component: Which denoiser, where a pipeline has several.
         attention_mechanism: "sla", or "diffusers": the model's own attention, to compare with.
-        sla_config: Settings of SLA; None: those of `sla_weights`, or the defaults.
+        sla_config: Settings of SLA. Those that a dict or JSON text does not name are those of `sla_weights`, or the
+            defaults.
         sla_weights: A state file or folder to start the projections from, such as a calibration's.
         train: "projection": SLA's weights alone; "lora": a low-rank adapter too; "full": the whole denoiser.
         objective: "diffusion": what the pipeline's scheduler defines; "distill": the dense model's own output.
@@ -47,7 +49,7 @@ class FinetuneSettings:
     prompts: tuple[str, ...] = ()
     component: str | None = None
     attention_mechanism: str = "sla"
-    sla_config: SLAConfig | None = None
+    sla_config: SLAConfig | Mapping[str, Any] | str | None = None
     sla_weights: str | None = None
     train: str = "full"
     objective: str = "diffusion"
@@ -118,5 +120,6 @@ class FinetuneSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of every setting, as `training.json` has them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        values["sla_config"] = None if self.sla_config is None else asdict(self.sla_config)
+        if isinstance(self.sla_config, SLAConfig):
+            values["sla_config"] = asdict(self.sla_config)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

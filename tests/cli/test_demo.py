@@ -1,17 +1,18 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
 from pipelines import tiny_dit, write_lora
 
 import diffusers_sla.cli.demo
-from diffusers_sla import load_sla_weights, save_sla_weights, sla_layers
+from diffusers_sla import SLAConfig, load_sla_weights, save_sla_weights, sla_layers
 from diffusers_sla.cli import main
 from diffusers_sla.generation import Request, generate
 from diffusers_sla.lora import LORA_NAME, add_lora
-from diffusers_sla.weights import apply_sla
+from diffusers_sla.weights import apply_sla, settings_for
 
 
 def run(*arguments):
@@ -53,6 +54,27 @@ def test_it_shows_saves_and_checks(tmp_path):
     request = Request(class_label="cat", steps=2, guidance_scale=None)
     assert generate(again, request).frames[0] == Image.open(out / "sla-trained-0.1.png").copy()
     assert generate(tiny_dit(), request).frames[0] == Image.open(out / "dense.png").copy()
+
+
+@pytest.mark.parametrize(
+    ("given", "config"),
+    [
+        ([], SLAConfig(topk=0.3, blkq=16, blkk=32)),
+        (["--topk", "0.1", "--sla-config", '{"blkq": 64}'], SLAConfig(topk=0.1, blkq=64, blkk=32)),
+    ],
+)
+def test_the_settings_of_the_weights_are_used_but_for_those_given(tmp_path, given, config):
+    tiny_dit().save_pretrained(tmp_path / "model")
+    save_sla_weights(apply_sla(tiny_dit(), {"topk": 0.3, "blkq": 16, "blkk": 32}), tmp_path / "trained")
+    result = run(
+        "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--class-label", "cat", "--steps", "1",
+        "--sla-weights", str(tmp_path / "trained"), *given,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())["results"]
+    untrained, trained = (SLAConfig.parse(r["config"]) for r in results[1:])
+    assert untrained == trained == settings_for(tmp_path / "out")[0] == config
+    assert ("--sla-config replaces settings of" in result.stderr) == bool(given)
 
 
 def test_another_image_is_an_error(tmp_path, monkeypatch):

@@ -55,6 +55,17 @@ def test_weights_bring_their_settings(model, tmp_path):
     assert Image.open(tmp_path / "x.png").copy() == expected(config)
 
 
+def test_settings_replace_those_of_the_weights_that_they_name(model, tmp_path):
+    save_sla_weights(apply_sla(tiny_dit(), SLAConfig(topk=0.05, blkk=16)), tmp_path)
+    out = ["--out", str(tmp_path / "x.png"), "--sla_weights", str(tmp_path)]
+    result = run("--model", model, *FEW, *out, "--sla_config", '{"topk": 0.3}')
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "x.png").copy() == expected(SLAConfig(topk=0.3, blkk=16))
+    assert f"--sla-config replaces settings of {tmp_path}: topk is 0.05 in the file and 0.3 here\n" in result.stderr
+    result = run("--model", model, *FEW, *out, "--sla_config", '{"topk": 2}')
+    assert result.stderr == "Error: topk must be a number in (0, 1], got 2\n"
+
+
 def test_the_lora_beside_the_weights_is_used(model, tmp_path):
     pipe = apply_sla(tiny_dit(), SLAConfig(topk=0.05))
     save_sla_weights(pipe, tmp_path)

@@ -187,14 +187,19 @@ def test_the_models_own_attention_can_be_trained_to_compare(settings):
     assert (out / "transformer" / "config.json").is_file()
 
 
-def test_projections_can_start_from_a_state_file(settings):
+def test_projections_can_start_from_a_state_file(settings, caplog):
     first = finetune(settings(train="projection")).folder
     second = finetune(
         settings(out="b", train="projection", sla_weights=str(first), projection_learning_rate=1e-12)
     ).folder
     third = finetune(settings(out="c", sla_config=None, sla_weights=str(first), max_train_steps=1)).folder
     fourth = finetune(settings(out="d", sla_config=SLAConfig(topk=0.5), sla_weights=str(first))).folder
-    assert [read_state(folder).settings["topk"] for folder in (third, fourth)] == [0.25, 0.5]
+    fifth = finetune(settings(out="e", sla_config='{"topk": 0.5}', sla_weights=str(first))).folder
+    assert [SLAConfig.parse(read_state(folder).settings) for folder in (third, fourth, fifth)] == [
+        CONFIG, SLAConfig(topk=0.5), SLAConfig(topk=0.5, blkq=16, blkk=16),
+    ]  # fmt: skip
+    assert f"sla_config replaces settings of {first}: topk is 0.25 in the file and 0.5 here" in caplog.messages
+    assert json.loads((fifth / "training.json").read_text())["settings"]["sla_config"]["blkq"] == 16
     ours, theirs = read_state(first).layers, read_state(second).layers
     for layer in ours:
         for name, tensor in ours[layer].items():
