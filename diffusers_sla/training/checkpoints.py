@@ -73,8 +73,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         return not failed.any()
 
-    def load(self, which: str) -> int:
-        """Put the state of "latest" or of a folder back; the step it was saved at, 0 where there is no latest.
+    def find(self, which: str) -> Path | None:
+        """The checkpoint to go on from, "latest" or a folder; None where there is no latest.
 
         Raises:
             SLADataError: There is no such checkpoint.
@@ -84,16 +84,32 @@ class Checkpoints:
             whole = self.all()
             if not whole:
                 logger.warning("there is no checkpoint in %s yet: the run starts from the beginning", self.folder)
-                return 0
+                return None
             path = whole[-1][1]
         else:
             path = Path(which)
         if not (path / RECORD).is_file():
             raise SLADataError(f"{path} is no checkpoint of a fine-tuning run: it has no {RECORD}")
-        record = json.loads((path / RECORD).read_text())
-        there, here = record["settings"], json.loads(json.dumps(self.settings))
+        there, here = _record(path)["settings"], json.loads(json.dumps(self.settings))
         differing = [f"{name} was {there[name]!r} and is {here[name]!r}" for name in SAME if there[name] != here[name]]
+        before, now = there["sla_config"] or {}, here["sla_config"] or {}
+        differing += [
+            f"{name} of sla_config was {before[name]!r} and is {now[name]!r}"
+            for name in now
+            if before.get(name, now[name]) != now[name]
+        ]
         if differing:
-            raise SLATrainingError(f"{path} cannot be resumed: {'; '.join(differing)}")
+            raise SLATrainingError(
+                f"{path} cannot be resumed: {'; '.join(differing)}. A run goes on with the settings it had: give "
+                "those, or begin another one in a new output_dir"
+            )
+        return path
+
+    def load(self, path: Path) -> int:
+        """Put the state of a checkpoint back; the step it was saved at."""
         self.accelerator.load_state(str(path))
-        return record["step"]
+        return _record(path)["step"]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return json.loads((path / RECORD).read_text())

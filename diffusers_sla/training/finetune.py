@@ -59,10 +59,12 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
     Runs in one process, or in each of those that `accelerate launch` starts (DDP).
 
     Raises:
-        SLADataError: The data is missing or wrong; before any model is loaded where that can be seen. So is an
-            output_dir with another run in it, unless that is resumed.
+        SLADataError: The data is missing or wrong; before any model is loaded where that can be seen. So is a
+            checkpoint to resume, and an output_dir with another run in it, unless that is resumed.
+        SLAStateError, SLAHubError: sla_weights is not there or cannot be read, likewise.
         SLAUnsupportedError: SLA cannot serve this model, or the pipeline cannot be trained this way.
-        SLATrainingError: The loss or the gradient became NaN or infinite: names the step and the last checkpoint.
+        SLATrainingError: The checkpoint to resume has other settings: names them. Or the loss or the gradient became
+            NaN or infinite: names the step and the last checkpoint.
     """
     settings = prepare.with_sla_config(settings)
     examples = [] if settings.data is None else scan_folder(settings.data, settings.caption_column)
@@ -71,7 +73,6 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
         raise SLADataError(
             f"output_dir {out} holds another run: go on with it by --resume, or give this one a new folder"
         )
-    out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=settings.cpu, mixed_precision=settings.mixed_precision, project_dir=settings.output_dir / "logs",
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -84,13 +85,16 @@ def finetune(settings: FinetuneSettings) -> FinetuneResult:
             f"finetune runs in one process or under DDP, not {accelerator.distributed_type.value}; "
             "register_sla_for_checkpointing puts SLA into a script of your own under FSDP2"
         )
+    checkpoints = Checkpoints(accelerator, out, settings.to_dict(), settings.checkpoints_total_limit)
+    begin = checkpoints.find(settings.resume) if settings.resume else None
+    out.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
-    return _Run(settings, accelerator, examples).train()
+    return _Run(settings, accelerator, examples, checkpoints).train(begin)
 
 
 class _Run:
-    def __init__(self, settings: FinetuneSettings, accelerator: Accelerator, examples: list):
-        self.settings, self.accelerator = settings, accelerator
+    def __init__(self, settings: FinetuneSettings, accelerator: Accelerator, examples: list, checkpoints: Checkpoints):
+        self.settings, self.accelerator, self.checkpoints = settings, accelerator, checkpoints
         self.pipe, self.component, model = prepare.load(settings, accelerator.device)
         teacher = None
         if settings.objective == "distill":
@@ -133,9 +137,6 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.ema = EMAModel(self.trained.parameters(), decay=settings.ema_decay) if settings.use_ema else None
         self._register()
-        self.checkpoints = Checkpoints(
-            accelerator, settings.output_dir, settings.to_dict(), settings.checkpoints_total_limit
-        )
 
     def _register(self) -> None:
         """What a checkpoint holds besides accelerate's own: the weights that are trained, SLA, schedule, average."""
@@ -158,9 +159,10 @@ class _Run:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
 
-    def train(self) -> FinetuneResult:
+    def train(self, begin: Path | None) -> FinetuneResult:
+        """`begin`: the checkpoint to go on from."""
         settings, accelerator = self.settings, self.accelerator
-        begun = self.checkpoints.load(settings.resume) if settings.resume else 0
+        begun = 0 if begin is None else self.checkpoints.load(begin)
         if self.ema is not None:
             self.ema.to(accelerator.device)
         if settings.report_to != "none":

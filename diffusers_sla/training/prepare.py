@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from ..apply import apply_sla, denoisers
 from ..config import SLAConfig
-from ..errors import SLADataError, SLAUnsupportedError
+from ..errors import SLAConfigError, SLADataError, SLAUnsupportedError
 from ..generation import Request
 from ..lora import lora_beside
 from ..weights import load_sla_weights, settings_for
@@ -35,6 +35,7 @@ def load(settings: FinetuneSettings, device: torch.device) -> tuple[Any, str, An
 
     Raises:
         SLAUnsupportedError: The pipeline has several denoisers, or none, of that name.
+        SLAConfigError: No layer of the denoiser has one of the names in `lora_target_modules`.
     """
     dtype = torch.float32 if settings.train == "full" else DTYPES[settings.mixed_precision]
     pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype).to(device)
@@ -43,6 +44,13 @@ def load(settings: FinetuneSettings, device: torch.device) -> tuple[Any, str, An
     component = settings.component or next(iter(models))
     if component not in models or (settings.component is None and len(models) > 1):
         raise SLAUnsupportedError(f"component must be one of {', '.join(models)}, got {settings.component!r}")
+    targets = settings.lora_target_modules
+    if settings.train == "lora" and not any(  # as peft will look for them, but before the data is encoded
+        f".{name}".endswith(tuple(f".{target}" for target in targets)) for name, _ in models[component].named_modules()
+    ):
+        raise SLAConfigError(
+            f"lora_target_modules {', '.join(targets)}: {type(models[component]).__name__} has no layer of such a name"
+        )
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             # In training mode DiT drops class labels of its own accord; nothing else differs in these models.

@@ -336,8 +336,10 @@ def test_what_cannot_be_resumed_says_why(settings, tmp_path):
     out = finetune(settings()).folder
     with pytest.raises(SLATrainingError, match="train was 'full' and is 'lora'; seed was 0 and is 1"):
         finetune(settings(train="lora", seed=1, resume="latest"))
-    with pytest.raises(SLADataError, match=r"is no checkpoint .* no training\.json"):
-        finetune(settings(resume=str(tmp_path)))
+    with pytest.raises(
+        SLATrainingError, match=rf"^{out}/checkpoint-2 cannot .* topk of sla_config was 0\.25 and is 0\.3\."
+    ):
+        finetune(settings(sla_config=SLAConfig(topk=0.3, blkq=16, blkk=16), resume="latest"))
     for path in (out / "checkpoint-2").glob("sla_attention.*"):
         path.unlink()
     with pytest.raises(SLAStateNotFoundError, match="as little as one step"):
@@ -362,11 +364,27 @@ def test_settings_that_make_no_sense_are_refused(settings, values, message):
         settings(**values)
 
 
-def test_what_the_pipeline_lacks_is_named(settings):
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"resume": "nosuch"}, SLADataError, r"^nosuch is no checkpoint .* no training\.json"),
+        ({"sla_weights": "nosuch"}, SLAStateNotFoundError, "there is no file or folder 'nosuch'"),
+        ({"sla_config": {"topk": 2}}, SLAConfigError, r"topk must be a number in \(0, 1\], got 2"),
+    ],
+)
+def test_what_is_not_there_is_missed_before_a_model_is_loaded(settings, tmp_path, monkeypatch, values, error, message):
+    monkeypatch.setattr(prepare, "load", None)
+    with pytest.raises(error, match=message):
+        finetune(settings(**values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_pipeline_lacks_is_named(settings, tmp_path):
     with pytest.raises(SLAUnsupportedError, match="component must be one of transformer, got 'unet'"):
         finetune(settings(component="unet"))
-    with pytest.raises(SLAConfigError, match="lora_target_modules nothing"):
-        finetune(settings(train="lora", lora_target_modules=("nothing",)))
+    with pytest.raises(SLAConfigError, match="lora_target_modules nothing, q: DiTTransformer2DModel has no layer"):
+        finetune(settings(train="lora", lora_target_modules=("nothing", "q")))
+    assert not (tmp_path / "out" / "cache").exists()
     with pytest.raises(SLAConfigError, match="DiTPipeline takes no height"):
         finetune(settings(height=64, width=64))
 
