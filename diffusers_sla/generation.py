@@ -120,6 +120,18 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """Refuse a device before any work is done on it.
+
+    Raises:
+        SLAUnsupportedError: There is none of that name, or it cannot be used.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise SLAUnsupportedError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
 def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
     """`DiffusionPipeline.from_pretrained` on a device.
 
@@ -133,10 +145,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: to
         SLAUnsupportedError: The device cannot be used, or the model is no pipeline.
     """
     device = device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise SLAUnsupportedError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
     if dtype is None:
         dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     try:

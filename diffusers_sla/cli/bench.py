@@ -8,9 +8,15 @@ import torch
 
 from .. import benchmark
 from ..config import SLAConfig
+from ..errors import SLAConfigError
+from ..generation import check_device, check_suffix
+from ..kernel.api import MAX_HEAD_DIM
+from .options import check_extra
 
 HEADINGS = ("B,H,L,D", "topk", "blocks", "linear", "dtype", "pass", "which", "ms", "20%", "80%", "x dense", "graph ms", "x dense", "TFLOP/s", "of floor", "MiB", "launches")  # fmt: skip  # noqa: E501
 WIDTHS = (18, 5, 7, 8, 8, 8, 15, 9, 9, 9, 7, 9, 7, 7, 8, 7, 8)
+
+PLOT_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def _shape(_context, _parameter, values):
@@ -34,7 +40,7 @@ def _shape(_context, _parameter, values):
 @click.option("--proj-s", is_flag=True, help="Also the projection of the sparse branch.")
 @click.option("--repeats", default=None, type=click.IntRange(1), help="Timed calls of each.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the records.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the speed-ups as PNG.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the speed-ups: .png, .svg.")
 def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repeats, json_path, plot):
     """Time attention: dense, SLA, and FlexAttention if asked for, in one process on random inputs.
 
@@ -43,9 +49,22 @@ def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repea
       diffusers-sla bench --device cpu --shape 1,4,8192,128 --topk 0.05 --pass forward
       diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla_config '{"blkq": 128}' --json wan.json
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cuda", "cpu"):
+        raise SLAConfigError(f"--device must be cuda or cpu, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise click.BadParameter("this torch sees no GPU; --device cpu times the plain torch path")
+    check_device(name)
+    device = torch.device(name)
+    for option, path in (("--json", json_path), ("--plot", plot)):
+        if path and not path.parent.is_dir():
+            raise SLAConfigError(f"{option} {path}: there is no folder {path.parent}")
+    if plot:
+        check_suffix(plot, PLOT_SUFFIXES, "a plot")
+        check_extra("--plot", "demo", "matplotlib")
+    for shape in shapes:
+        if shape[3] > MAX_HEAD_DIM:
+            raise SLAConfigError(f"--shape: the head size D must be at most {MAX_HEAD_DIM}, got {shape[3]}")
     base = SLAConfig.parse(settings).to_dict()
     cases = [
         benchmark.Case(B, H, L, D, dtype, SLAConfig.parse(base | {"topk": topk}), proj_s)

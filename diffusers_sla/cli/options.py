@@ -74,15 +74,24 @@ def progress(pipe, total: int, name: str) -> tqdm:
     return tqdm(total=total, desc=name, unit="step")
 
 
+def check_extra(what: str, extra: str, *modules: str) -> None:
+    """Refuse what needs libraries that come with an extra of the package.
+
+    Raises:
+        click.ClickException: One of them is missing.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.ClickException(f"{what} needs {', '.join(missing)}: pip install 'diffusers-sla[{extra}]'")
+
+
 def needs_extra(extra: str, *modules: str):
     """Decorates a command whose libraries come with an extra of the package."""
 
     def decorate(function):
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            missing = [name for name in modules if importlib.util.find_spec(name) is None]
-            if missing:
-                raise click.ClickException(f"this needs {', '.join(missing)}: pip install 'diffusers-sla[{extra}]'")
+            check_extra("this", extra, *modules)
             return function(*args, **kwargs)
 
         return wrapper
