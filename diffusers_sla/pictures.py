@@ -1,6 +1,7 @@
 """Pictures of a comparison and of block maps, as PIL images."""
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -84,10 +85,10 @@ def comparison_picture(
     """Images side by side and, under them, block maps: a (layer, head) each."""
     count = len(comparison.results)
     width = 3.2 * max(count, 3)
-    figure = Figure(figsize=(width, 4.2 + (2.2 if views else 0)), dpi=120, layout="constrained")
-    top, *rest = figure.subfigures(2 if views else 1, 1, height_ratios=[4.2, 2.2] if views else None, squeeze=False)[
-        :, 0
-    ]
+    names = [wrapped(f"{_short(view.layer)}, head {head}", int(14 * width / len(views))) for view, head in views]
+    heights = [4.2, 2.1 + 0.12 * max(name.count("\n") + 1 for name in names)] if views else [4.2]
+    figure = Figure(figsize=(width, sum(heights)), dpi=120, layout="constrained")
+    top, *rest = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if title:
         figure.suptitle(title, fontsize=11)
     for axes, result in zip(np.atleast_1d(top.subplots(1, count)), comparison.results, strict=True):
@@ -96,9 +97,9 @@ def comparison_picture(
         axes.set_axis_off()
     if views:
         panels = np.atleast_1d(rest[0].subplots(1, len(views)))
-        for axes, (view, head) in zip(panels, views, strict=True):
+        for axes, (view, head), name in zip(panels, views, names, strict=True):
             axes.imshow(block_map_image(view.block_map[head]))
-            axes.set_title(f"{_short(view.layer)}, head {head}", fontsize=7)
+            axes.set_title(name, fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])
         panels[0].set_ylabel("query blocks", fontsize=7)
@@ -107,6 +108,16 @@ def comparison_picture(
         patches = [_patch(*BLOCK_COLOURS[value]) for value in BLOCK_COLOURS if value in present]
         rest[0].legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     return render(figure)
+
+
+def wrapped(name: str, width: int) -> str:
+    """The name of a layer in lines of at most `width` characters, each part together with its number."""
+    lines = [""]
+    for part in re.findall(r"[^.,]+(?:\.\d+)*[.,]? ?", name):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def render(figure: Figure) -> Image.Image:

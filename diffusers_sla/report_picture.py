@@ -1,5 +1,6 @@
 """sla_report as a picture: the block map of each layer that ran SLA, the share it keeps, what ran dense, and why."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COLUMNS = 5
+WIDTH = 40  # characters of a panel's title
 
 
 def report_picture(report: SLAReport, records: Sequence[AttentionRecord] = ()) -> "Image.Image":
@@ -29,7 +31,7 @@ def report_picture(report: SLAReport, records: Sequence[AttentionRecord] = ()) -
     """
     from matplotlib.figure import Figure
 
-    from .pictures import render
+    from .pictures import render, wrapped
 
     last = {r.layer: r for r in records}
     layers = [(name, layer) for name, layer in report.layers.items() if layer.runs == "sla"]
@@ -43,7 +45,7 @@ def report_picture(report: SLAReport, records: Sequence[AttentionRecord] = ()) -
     for panel in panels:
         panel.axis("off")
     for panel, (name, layer) in zip(panels, layers, strict=False):
-        title = [name.removeprefix("transformer."), _calls(layer)]
+        title = [wrapped(name.removeprefix("transformer."), WIDTH), _calls(layer)]
         if name in last:
             share, heads = kept_share(last[name]), block_shares(last[name])
             panel.imshow(heads.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -84,7 +86,9 @@ def _sizes(length: int, block: int) -> Tensor:
 
 
 def _calls(layer: LayerReport) -> str:
-    dense = ", ".join(f"{count} dense ({reason})" for reason, count in layer.calls_dense.items())
+    dense = ",\n".join(
+        textwrap.fill(f"{count} dense ({reason})", WIDTH) for reason, count in layer.calls_dense.items()
+    )
     return f"{layer.calls_sla} {'call' if layer.calls_sla == 1 else 'calls'} SLA" + (f"\n{dense}" if dense else "")
 
 

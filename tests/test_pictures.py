@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_sla import SLAConfig
+from diffusers_sla import SLAConfig, pictures
 from diffusers_sla.compare import Comparison, Result
 from diffusers_sla.inside import LayerView
 from diffusers_sla.pictures import (
@@ -11,7 +13,12 @@ from diffusers_sla.pictures import (
     branch_images,
     comparison_picture,
     where_a_block_looks,
+    wrapped,
 )
+from diffusers_sla.report import LayerReport, SLAReport
+from diffusers_sla.report_picture import report_picture
+
+UNET_LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 
 MAP = np.array([[1, 0, 0, -1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.int8)
 
@@ -83,3 +90,38 @@ def test_a_comparison_is_drawn_with_its_block_maps():
     assert {(0, 128, 128), *(colour for colour, _ in BLOCK_COLOURS.values())} <= colours
     without = comparison_picture(Comparison([dense, sla], 1, "CPU", "float32", "2"))
     assert without.height < picture.height
+
+
+@pytest.mark.parametrize(("width", "lines"), [(60, 1), (27, 2), (24, 3), (5, 5)])
+def test_a_name_breaks_between_parts_and_keeps_their_numbers(width, lines):
+    name = "down_block 0.attentions.0.block 0.attn1, head 0"
+    parts = wrapped(name, width).split("\n")
+    assert len(parts) == lines
+    assert "".join(parts).replace(" ", "") == name.replace(" ", "")
+    assert not any(part[0].isdigit() for part in parts)
+    assert width < 24 or max(map(len, parts)) <= width
+
+
+@pytest.mark.parametrize("layer", ["transformer.transformer_blocks.27.attn1", UNET_LAYER])
+def test_no_title_touches_another_or_the_edge(monkeypatch, layer):
+    monkeypatch.setattr(pictures, "render", lambda figure: figure)
+    one = Result("dense", None, [Image.new("RGB", (32, 32))], 1.0, 1.0, 1, 1, 1.0)
+    views = [(replace(view(), layer=layer), 0)] * 6
+    no_overlap(comparison_picture(Comparison([one, one], 1, "cpu", "float32", "2"), views, "title"))
+
+
+def test_no_title_of_a_report_touches_another_or_the_edge(monkeypatch):
+    monkeypatch.setattr(pictures, "render", lambda figure: figure)
+    why = {"4095 queries are fewer than min_length, which is 4096 on this device": 12}
+    layers = {f"{UNET_LAYER}{i}": LayerReport("sla", calls_sla=1, calls_dense=why) for i in range(7)}
+    no_overlap(report_picture(SLAReport({}, layers)))
+
+
+def no_overlap(figure):
+    figure.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(boxes) >= 7
+    for i, box in enumerate(boxes):
+        assert figure.bbox.containsx(box.x0)
+        assert figure.bbox.containsx(box.x1)
+        assert not box.count_overlaps(boxes[i + 1 :])
