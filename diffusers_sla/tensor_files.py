@@ -50,6 +50,7 @@ def load_pt(path: str | os.PathLike) -> Any:
     """
     path = Path(path)
     with _damaged(path):
+        _check_no_pointer(path)
         _check_archive(path)
         for name in sorted(pickle_globals(path)):
             if not _TENSOR_GLOBALS.fullmatch(name):
@@ -68,6 +69,7 @@ def open_safetensors(path: str | os.PathLike) -> Iterator[tuple[dict[str, str], 
     """
     path = Path(path)
     with _damaged(path):
+        _check_no_pointer(path)
         with path.open("rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
         if size > min(MAX_INDEX_BYTES, path.stat().st_size - 8):
@@ -215,6 +217,14 @@ def parse_json(text: str, name: str, where: str) -> Any:
         raise SLAStateFormatError(f"{where}: {name!r} is not JSON") from error
     check_plain(value, name, where)
     return value
+
+
+def _check_no_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise SLAStateFormatError(
+                f"{path} is a Git LFS pointer, which stands for a file that was not fetched; `git lfs pull` fetches it"
+            )
 
 
 def _check_archive(path: Path) -> None:

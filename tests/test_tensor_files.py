@@ -10,6 +10,7 @@ from mutants import Calls, pickle_of
 from safetensors.torch import save_file
 
 from diffusers_sla import SLAStateFormatError
+from diffusers_sla.state import read_state
 from diffusers_sla.tensor_files import (
     check_plain,
     code_in_pickles,
@@ -37,6 +38,14 @@ def test_a_pt_file_is_read_and_its_tensors_stay_on_disk(tmp_path):
     assert torch.equal(found["a"], torch.arange(6.0).reshape(2, 3))
     assert found["b"] == [1, "x", None]
     assert not found["a"].untyped_storage().resizable()  # a part of the mapped file, not a copy
+
+
+@pytest.mark.parametrize("name", [".pt", ".safetensors"])
+def test_what_git_lfs_leaves_in_place_of_a_file_is_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (tmp_path / f"sla_attention{name}").write_text(pointer)
+    with pytest.raises(SLAStateFormatError, match=rf"{name} is a Git LFS pointer.*`git lfs pull` fetches it"):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize(
