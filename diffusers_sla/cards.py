@@ -71,7 +71,8 @@ def render_card(card: Card, existing: str | None = None) -> str:
         title = card.repo_id.partition("/")[2] or card.repo_id
         return f"---\n{_front_matter(card, {})}\n---\n\n# {title}\n\n{section}\n"
     try:
-        old = ModelCard(existing)
+        # The client warns where there is no front matter; that is nothing wrong here.
+        old = ModelCard(existing if existing.lstrip().startswith("---") else f"---\n\n---\n{existing}")
     except Exception as error:  # the client passes on whatever its YAML parser raises
         raise SLAHubError(f"the front matter of the README.md that is there is not valid: {error}") from error
     text = old.text.strip("\n")

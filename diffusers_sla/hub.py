@@ -353,7 +353,8 @@ def _translated(error: BaseException, remote: Remote, names: tuple[str, ...]) ->
             f"and it looks like {repo} is not the path to a directory containing a file named {named}: {first}"
         )
     if isinstance(error, EntryNotFoundError):
-        return SLAHubError(f"{repo} does not appear to have a file named {named}.")
+        where = f" in a folder {remote.subfolder}" if remote.subfolder else ""
+        return SLAHubError(f"{repo} does not appear to have a file named {named}{where}.")
     if isinstance(error, HFValidationError):
         return SLAHubError(f"{repo!r} is not a repository id such as 'user/name': {first}")
     if _status(error) in (401, 403):

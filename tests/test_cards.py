@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from diffusers import (
@@ -104,12 +106,15 @@ def test_what_leaving_sla_out_does_is_told():
     assert "The quality table shows what happens without it" in render_card(card("lora", meta=quality))
 
 
-def test_rendering_again_changes_nothing():
+def test_rendering_again_changes_nothing(caplog):
+    logging.getLogger("huggingface_hub").addHandler(caplog.handler)
     first = render_card(card())
     assert render_card(card(), first) == first
     with_text = render_card(card(), "# Mine\n\nNo front matter.\n")
     assert "# Mine\n\nNo front matter.\n\n<!-- diffusers-sla: begin -->" in with_text
     assert render_card(card(), with_text) == with_text
+    logging.getLogger("huggingface_hub").removeHandler(caplog.handler)
+    assert not caplog.messages
 
 
 def test_values_in_records_are_not_templates():

@@ -93,6 +93,10 @@ def test_revisions_and_subfolders(hub, repo_id, saved, tmp_path):
     load_sla_weights(model, tmp_path, subfolder="low", weight_name="x.pt")
     with pytest.raises(OSError, match="v9 is not a valid git identifier"):
         load_sla_weights(model, repo_id, revision="v9")
+    with pytest.raises(
+        OSError, match=r"a file named sla_attention.safetensors or sla_attention.pt in a folder high\."
+    ):
+        load_sla_weights(model, repo_id, subfolder="high")
 
 
 def test_the_cache_serves_without_the_hub(hub, repo_id, saved, tmp_path):
