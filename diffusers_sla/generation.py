@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ class Request:
                 raise SLAConfigError(f"{type(pipe).__name__} takes no {name.replace('_', ' ')}{hint}")
         return arguments
 
+    def makes_video(self, pipe: Any) -> bool:
+        """Whether several frames come of it."""
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
+        return parameter is not None and (self.num_frames or parameter.default) != 1
+
     def num_steps(self, pipe: Any) -> int:
         """`steps`, or what the pipeline takes by itself."""
         default = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
@@ -104,7 +110,7 @@ def class_number(pipe: Any, label: str | int | None) -> int:
     labels: dict[str, int] = getattr(pipe, "labels", {})
     known = f"{type(pipe).__name__} has the classes {', '.join(labels) or 'by number only'}"
     if label is None:
-        raise SLAConfigError(f"a class label is needed; {known}")
+        raise SLAConfigError(f"a class label is needed (--class-label); {known}")
     if label in labels:
         return labels[str(label)]
     number = int(label) if str(label).isdecimal() else None
@@ -141,11 +147,13 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: to
         dtype: float32 on CPU and bfloat16 elsewhere when None.
 
     Raises:
-        OSError: There is no such model.
-        SLAUnsupportedError: The device cannot be used, or the model is no pipeline.
+        OSError: There is no such repository.
+        SLAUnsupportedError: The device cannot be used, or the model is no pipeline, or no folder that is there.
     """
     device = device or default_device()
     check_device(device)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(model)) and not os.path.isdir(model):  # cannot be a repository
+        raise SLAUnsupportedError(f"{str(model)!r} cannot be loaded as a pipeline: there is no such folder")
     if dtype is None:
         dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     try:
@@ -221,6 +229,22 @@ def check_suffix(path: Path, suffixes: tuple[str, ...], what: str) -> None:
         raise SLAConfigError(f"{what} is written as {', '.join(suffixes)}, got {path.name!r}")
 
 
+def check_output(path: Path, video: bool) -> None:
+    """Refuse a file that an image, or a video, cannot be written into.
+
+    Raises:
+        SLAConfigError: Its suffix does not suit.
+        SLAUnsupportedError: What writes .mp4 is not installed.
+    """
+    if not video:
+        check_suffix(path, IMAGE_SUFFIXES, "an image")
+        return
+    check_suffix(path, VIDEO_SUFFIXES, "a video")
+    needed = ("imageio", "imageio_ffmpeg") if path.suffix.lower() == ".mp4" else ()
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise SLAUnsupportedError("writing .mp4 needs imageio and imageio-ffmpeg; .gif and .webp need nothing more")
+
+
 def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 16) -> Path:
     """Write an image, or a video as .mp4, .gif or .webp, making the folder where there is none.
 
@@ -228,22 +252,14 @@ def save_frames(frames: list[Image.Image], path: str | os.PathLike, fps: int = 1
     832x480.
 
     Raises:
-        SLAConfigError: The file's suffix does not suit what there is to write.
-        SLAUnsupportedError: What writes .mp4 is not installed.
+        SLAConfigError, SLAUnsupportedError: See `check_output`.
     """
     path = Path(path)
-    if len(frames) == 1:
-        check_suffix(path, IMAGE_SUFFIXES, "an image")
-    else:
-        check_suffix(path, VIDEO_SUFFIXES, "a video")
+    check_output(path, len(frames) > 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     if len(frames) == 1:
         frames[0].save(path)
     elif path.suffix.lower() == ".mp4":
-        if importlib.util.find_spec("imageio") is None or importlib.util.find_spec("imageio_ffmpeg") is None:
-            raise SLAUnsupportedError(
-                "writing .mp4 needs imageio and imageio-ffmpeg; .gif and .webp need nothing more"
-            )
         from diffusers.utils import export_to_video
 
         export_to_video(frames, str(path), fps=fps, quality=7)  # 5, the default, smooths grain away

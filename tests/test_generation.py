@@ -36,7 +36,7 @@ def test_values_out_of_range_are_named(wrong, message):
 @pytest.mark.parametrize(
     ("pipe", "request_", "message"),
     [
-        (tiny_dit(), Request(), "a class label is needed; DiTPipeline has the classes cat, dog"),
+        (tiny_dit(), Request(), r"a class label is needed \(--class-label\); DiTPipeline has the classes cat, dog"),
         (tiny_dit(), Request(class_label="bird"), "no class 'bird'; DiTPipeline has the classes cat, dog"),
         (tiny_dit(), Request(class_label=2), "no class '2'"),
         (tiny_dit(), Request(class_label="cat", prompt="a cat"), "takes no prompt; its classes are cat, dog"),
@@ -112,6 +112,16 @@ def test_loading_says_what_is_wrong(tmp_path):
         load_pipeline(tmp_path)
     with pytest.raises(SLAUnsupportedError, match="cannot be loaded as a pipeline"):
         load_pipeline(tmp_path / "missing")
+    for model in ("./missing", "a/b/c", "no such"):
+        with pytest.raises(SLAUnsupportedError, match=f"'{model}' cannot be .* there is no such folder"):
+            load_pipeline(model)
+
+
+def test_a_video_comes_of_pipelines_that_take_a_number_of_frames():
+    assert not Request(class_label=0).makes_video(tiny_dit())
+    wan = make_pipeline("wan")
+    requests = [Request(prompt="a"), Request(prompt="a", num_frames=5), Request(prompt="a", num_frames=1)]
+    assert [request.makes_video(wan) for request in requests] == [True, True, False]
 
 
 def test_frames_are_written_by_suffix(tmp_path, monkeypatch):

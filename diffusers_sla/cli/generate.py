@@ -7,7 +7,16 @@ import click
 
 from ..apply import apply_sla, sla_layers
 from ..config import SLAConfig
-from ..generation import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request, check_suffix, generate, load_pipeline, save_frames
+from ..generation import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Request,
+    check_output,
+    check_suffix,
+    generate,
+    load_pipeline,
+    save_frames,
+)
 from ..lora import add_lora, lora_beside
 from ..weights import load_sla_weights
 from .options import (
@@ -63,6 +72,7 @@ def command(model, attention_mechanism, sla_config, sla_weights, device, dtype, 
     config = SLAConfig.parse(sla_config) if sla_weights is None else weights_settings(sla_weights, sla_config)
     pipe = load_pipeline(model, device, dtype_of(dtype))
     request.arguments(pipe)
+    check_output(out, request.makes_video(pipe))
     if attention_mechanism == "sla":
         if sla_weights is None:
             apply_sla(pipe, config)

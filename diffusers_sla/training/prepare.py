@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..apply import apply_sla, denoisers
 from ..config import SLAConfig
 from ..errors import SLAConfigError, SLADataError, SLAUnsupportedError
-from ..generation import Request
+from ..generation import Request, load_pipeline
 from ..lora import lora_beside
 from ..weights import load_sla_weights, settings_for
 from .batches import Batch, DataBatches, RolloutBatches, Teacher
@@ -34,11 +33,11 @@ def load(settings: FinetuneSettings, device: torch.device) -> tuple[Any, str, An
     A denoiser that is trained whole is in float32; one that is frozen, in the dtype of `mixed_precision`.
 
     Raises:
-        SLAUnsupportedError: The pipeline has several denoisers, or none, of that name.
+        SLAUnsupportedError: The model is no pipeline, or has several denoisers, or none, of that name.
         SLAConfigError: No layer of the denoiser has one of the names in `lora_target_modules`.
     """
     dtype = torch.float32 if settings.train == "full" else DTYPES[settings.mixed_precision]
-    pipe = DiffusionPipeline.from_pretrained(settings.model, dtype=dtype).to(device)
+    pipe = load_pipeline(settings.model, str(device), dtype)
     pipe.set_progress_bar_config(disable=True)
     models = denoisers(pipe)
     component = settings.component or next(iter(models))

@@ -6,6 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 from pipelines import tiny_dit, write_lora
 
+import diffusers_sla.cli.generate
 from diffusers_sla import SLAConfig, apply_sla, save_sla_weights
 from diffusers_sla.cli import main
 from diffusers_sla.generation import Request, generate
@@ -90,16 +91,18 @@ def test_the_lora_beside_the_weights_is_used(model, tmp_path):
         (["--prompt", "a cat"], 1, "DiTPipeline takes no prompt; its classes are cat, dog"),
         (["--seed", "-1"], 1, "seed must be a whole number from 0"),
         (["--seed", "x"], 2, "'x' is not a valid integer"),
+        (["--out", "x.mp4"], 1, "an image is written as .png, .jpg, .jpeg, .webp, got 'x.mp4'"),
         (["--out", "x.txt"], 1, "an image or video is written as .png"),
         (["--device", "nowhere"], 1, "device 'nowhere' cannot be used"),
         (["--sla_weights", "{tmp}"], 1, "has no sla_attention.pt; save_sla_weights(pipe,"),
         (["--model", "{tmp}"], 1, "model_index.json"),
-        (["--model", "{tmp}/nothing"], 1, "cannot be loaded as a pipeline"),
+        (["--model", "{tmp}/nothing"], 1, "cannot be loaded as a pipeline: there is no such folder"),
         (["--attention_mechanism", "flash"], 2, "'flash' is not one of 'sla', 'diffusers'"),
         (["--attention_mechanism", "diffusers", "--sla_config", "{{}}"], 2, "--sla-config has no meaning with"),
     ],
 )
-def test_bad_input_is_one_clear_line(model, tmp_path, arguments, code, message):
+def test_bad_input_is_one_clear_line(model, tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.setattr(diffusers_sla.cli.generate, "generate", None)  # it comes before any work
     arguments = [a if a.startswith('{"') else a.format(tmp=tmp_path) for a in arguments]
     result = run("--model", model, *FEW, *arguments)
     assert result.exit_code == code
