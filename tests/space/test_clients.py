@@ -77,7 +77,8 @@ def test_inside_and_measure_answer(client, space):
     shown = [float(value) for value in re.findall(r"<td>([\d.]+)%</td>", bars)]
     assert shown == pytest.approx([100 * error for error in expected], abs=0.11)
     here = benchmark.machine(torch.device("cpu"))["cpu"]
-    table = client.predict(here, "forward", api_name="/speed")[2]
+    *_, table, missing = client.predict(machine=here, which="forward", api_name="/speed")
+    assert missing == ""
     assert sorted({row[0] for row in table["data"]}) == [256, 512, 1024]
     rows = client.predict(tokens=1024, topk=0.1, api_name="/measure")["data"]
     assert [row[0] for row in rows] == ["dense", "sla"]
