@@ -51,7 +51,7 @@ def build(served: Served, loaded: gr.State) -> None:
     results = gr.State([], time_to_live=KEPT_SECONDS)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
-            form = request_form.build(served)
+            form = request_form.build(served, loaded)
             both = gr.Checkbox(
                 served.trained() is not None, label="With and without trained projections",
                 info="Shows what training adds. Without trained projections there is only the second.",
@@ -73,7 +73,7 @@ def build(served: Served, loaded: gr.State) -> None:
     def seconds(*inputs):
         *fields, with_untrained, repository = inputs
         trained = repository or served.trained()
-        return served.gpu_seconds(fields[3], 1 + len(_variants(None, trained, with_untrained)))
+        return served.gpu_seconds(fields[3], 2 + bool(trained and with_untrained))
 
     @on_gpu(seconds)
     def on_run(
@@ -82,7 +82,7 @@ def build(served: Served, loaded: gr.State) -> None:
     ):  # fmt: skip
         fields = (subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps)
         request, config = answered(lambda: request_form.values(served, *fields))
-        variants = _variants(config, repository or served.trained(), with_untrained)
+        variants = answered(lambda: _variants(config, repository or served.trained(), with_untrained))
 
         def work(on_progress):
             return compare(served.pipe, request, variants, warm_up=not served.on_cpu, on_progress=on_progress)
@@ -148,7 +148,8 @@ def build(served: Served, loaded: gr.State) -> None:
 def _variants(config, trained, with_untrained) -> list[Variant]:
     variants = []
     if trained:
-        variants.append(Variant(name=TRAINED, config=config, state=trained, lora=lora_beside(trained)))
+        its = request_form.trained_settings(config, trained)
+        variants.append(Variant(name=TRAINED, config=its, state=trained, lora=lora_beside(trained)))
     if with_untrained or not trained:
         variants.append(Variant(name=UNTRAINED, config=config))
     return variants

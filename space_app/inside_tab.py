@@ -19,7 +19,7 @@ def build(served: Served, loaded: gr.State) -> None:
     kept = gr.State(None, time_to_live=3600)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
-            form = request_form.build(served)
+            form = request_form.build(served, loaded)
             at = gr.Slider(
                 1, served.model.max_steps, max(3, (served.model.steps + 1) // 2), step=1, label="Step to look at",
                 info="From noise (1) to the finished image.",
@@ -78,6 +78,8 @@ def build(served: Served, loaded: gr.State) -> None:
                 f"The first {dense_steps} steps run dense here: look at a later one.", print_exception=False
             )
         state = repository or served.trained()
+        if state:
+            config = answered(lambda: request_form.trained_settings(config, state))
 
         def work(on_progress):
             variant = Variant(name="SLA", config=config, state=state, lora=lora_beside(state))

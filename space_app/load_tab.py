@@ -83,7 +83,7 @@ def _described(name: str, inspection: Inspection, problem: str | None) -> str:
     )
     verdict = (
         f"<p class='bad'>Not loaded: {html.escape(problem)}</p>" if problem
-        else "<p class='good'>Loaded. Compare and Look inside now use it as the trained projections.</p>"
+        else "<p class='good'>Loaded. Compare and Inside now use it as the trained projections, with its settings.</p>"
     )  # fmt: skip
     return (
         f"{verdict}<div class='scroll'><table class='numbers'><caption>{html.escape(name)}: {len(inspection.tensors)} "

@@ -1,14 +1,19 @@
-"""The inputs that two tabs share, and the request they stand for."""
+"""The inputs that two tabs share, and the request and settings they stand for."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from serving import Served, checked_prompt
+from serving import Served, answered, checked_prompt
 
 from diffusers_sla import SLAConfig
 from diffusers_sla.config import BLOCK_SIZES, FEATURE_MAPS, LINEAR_MODES
 from diffusers_sla.generation import Request
+from diffusers_sla.weights import settings_for
+
+# Those that the form has an input for.
+SETTINGS = ("topk", "blkq", "blkk", "feature_map", "linear", "skip", "dense_steps")
 
 
 @dataclass
@@ -18,8 +23,11 @@ class Form:
     inputs: list[Any]
 
 
-def build(served: Served) -> Form:
-    """Lay out subject, seed, steps and sparsity, with the other settings folded away."""
+def build(served: Served, loaded: gr.State) -> Form:
+    """Lay out subject, seed, steps and sparsity, with the other settings folded away.
+
+    `loaded`: repository whose projections this visitor loaded, or None; the settings shown become those of its file.
+    """
     model = served.model
     if model.takes_classes:
         subject = gr.Dropdown(served.classes, value=model.subjects[0], label="Class", info="What the image shows.")
@@ -56,7 +64,31 @@ def build(served: Served) -> Form:
             info="The layout of the picture is decided there.",
         )
         skip = gr.Slider(0.0, 0.95, 0.0, step=0.05, label="Blocks left out altogether (skip)")
+    loaded.change(
+        lambda repository: answered(lambda: _shown(served, repository)), loaded,
+        [topk, blkq, blkk, feature_map, linear, skip, dense], api_visibility="private", show_progress="hidden",
+    )  # fmt: skip
     return Form([subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense])
+
+
+def _shown(served: Served, repository: str | None) -> list[Any]:
+    """Settings as the form has them: those of the file, or those that the page begins with."""
+    model = served.model
+    config = SLAConfig(topk=model.topk, dense_steps=list(range(model.dense_steps)))
+    maps = [name for name in FEATURE_MAPS if name != "hedgehog"]
+    if repository is not None:
+        config, _ = settings_for(repository)
+        maps = list(dict.fromkeys([*maps, config.feature_map]))
+    first_dense = next(step for step in itertools.count() if step not in config.dense_steps)
+    return [
+        config.topk, config.blkq, config.blkk, gr.Dropdown(maps, value=config.feature_map), config.linear, config.skip,
+        first_dense,
+    ]  # fmt: skip
+
+
+def trained_settings(config: SLAConfig, source: str) -> SLAConfig:
+    """What trained projections run with: what the form has an input for, and the rest as their file says."""
+    return settings_for(source, {name: getattr(config, name) for name in SETTINGS})[0]
 
 
 def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps):
