@@ -166,6 +166,8 @@ def run(
 def _implementations(case: Case, device: torch.device, flex: bool) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     if device.type == "cuda":
         for name, backend in _BACKENDS.items():
+            if not _serves(backend, torch.zeros(1, 1, 64, case.D, dtype=getattr(torch, case.dtype), device=device)):
+                continue
 
             def dense(q, k, v, backend=backend):
                 with sdpa_kernel(backend):
@@ -177,6 +179,18 @@ def _implementations(case: Case, device: torch.device, flex: bool) -> Iterator[t
     if flex:
         yield "flex", _flex(case, device)
     yield "sla", _sla(case, device)
+
+
+def _serves(backend: SDPBackend, x: Tensor) -> bool:
+    """Whether a backend has a kernel for such tensors; only trying tells."""
+    try:
+        with sdpa_kernel(backend):
+            F.scaled_dot_product_attention(x, x, x)
+    except RuntimeError as error:
+        if "No available kernel" in str(error) or "No viable backend" in str(error):
+            return False
+        raise
+    return True
 
 
 def _sla(case: Case, device: torch.device) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.nn.attention import SDPBackend
 
 from diffusers_sla import SLAConfig, benchmark
 from diffusers_sla.cli import main
@@ -31,6 +32,28 @@ def test_ratios_are_against_the_best_dense_of_the_same_pass():
     record = benchmark.Record({}, {}, rows)
     record._compare()
     assert [r.ratio for r in rows] == [4 / 6, 1.0, 2.0, 1.0, 3.0]
+
+
+def test_backends_without_a_kernel_for_the_case_are_left_out():
+    x = torch.zeros(1, 1, 8, 16)
+    assert benchmark._serves(SDPBackend.FLASH_ATTENTION, x)
+    assert not benchmark._serves(SDPBackend.CUDNN_ATTENTION, x)
+    with pytest.raises(RuntimeError, match="unsupported for Sparse"):
+        benchmark._serves(SDPBackend.MATH, x.to_sparse())
+
+
+def test_backwards_are_of_forwards_that_ran_before():
+    ran = []
+
+    def make(q, k, v):
+        ran.append("forward")
+        return q * k * v
+
+    sets, do = benchmark._tensors(CASE, "backward", torch.device("cpu"))
+    calls = benchmark._calls(make, sets, do)
+    for _ in range(4):
+        assert len(next(calls)()) == 3
+        assert ran == ["forward"] * benchmark.INPUT_SETS
 
 
 def test_a_record_names_the_machine_and_holds_both_passes():

@@ -50,6 +50,7 @@ def test_topk_out_of_range_is_named(topk):
     ("settings", "message"),
     [
         ({"blkq": 48}, "blkq must be one of 16, 32, 64, 128, got 48"),
+        ({"blkk": 64.0}, "blkk must be one of 16, 32, 64, 128, got 64.0"),
         ({"blkk": True}, "blkk must be one of 16, 32, 64, 128, got True"),
         ({"feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu, hedgehog, got 'gelu'"),
         ({"linear": "some"}, "linear must be one of all, marginal, none, got 'some'"),
