@@ -84,15 +84,19 @@ def _to_folder(path: Path, state: SLAState, out: Path, layout: str) -> list[Path
 
 
 def _settings(path: Path, state: SLAState, config: Any) -> dict[str, Any]:
-    given = SLAConfig.parse(config).to_dict() if config is not None else None
     if state.settings is None:
-        known = LAYOUTS[layout_of(_names(path)) or "turbodiffusion"].settings
-        return given or SLAConfig.parse(known).to_dict()
-    stored = SLAConfig.parse(state.settings).to_dict()
-    if given is not None and given != stored:
-        name = next(name for name in stored if stored[name] != given[name])
-        raise SLASettingsConflictError(f"{name} is {stored[name]!r} in {path} and {given[name]!r} here")
-    return stored
+        known = SLAConfig.parse(LAYOUTS[layout_of(_names(path)) or "turbodiffusion"].settings)
+        return SLAConfig.parse(config, known).to_dict()
+    stored = SLAConfig.parse(state.settings)
+    given = SLAConfig.parse(config, stored).to_dict()
+    differing = [
+        f"{name} is {value!r} in {path} and {given[name]!r} here"
+        for name, value in stored.to_dict().items()
+        if value != given[name]
+    ]
+    if differing:
+        raise SLASettingsConflictError("; ".join(differing))
+    return stored.to_dict()
 
 
 def _name_layers(state: SLAState, model: str | os.PathLike | None, token: str | bool | None) -> None:

@@ -92,8 +92,10 @@ class Request:
 
     def makes_video(self, pipe: Any) -> bool:
         """Whether several frames come of it."""
-        parameter = inspect.signature(type(pipe).__call__).parameters.get("num_frames")
-        return parameter is not None and (self.num_frames or parameter.default) != 1
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        # What some call it otherwise: Latte, SANA-Video.
+        counts = [parameters[name].default for name in ("num_frames", "video_length", "frames") if name in parameters]
+        return bool(counts) and (self.num_frames or counts[0]) != 1
 
     def num_steps(self, pipe: Any) -> int:
         """`steps`, or what the pipeline takes by itself."""

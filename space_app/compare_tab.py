@@ -148,8 +148,8 @@ def build(served: Served, loaded: gr.State) -> None:
 def _variants(config, trained, with_untrained) -> list[Variant]:
     variants = []
     if trained:
-        its = request_form.trained_settings(config, trained)
-        variants.append(Variant(name=TRAINED, config=its, state=trained, lora=lora_beside(trained)))
+        config = request_form.trained_settings(config, trained)  # of both: they differ in their training alone
+        variants.append(Variant(name=TRAINED, config=config, state=trained, lora=lora_beside(trained)))
     if with_untrained or not trained:
         variants.append(Variant(name=UNTRAINED, config=config))
     return variants

@@ -79,16 +79,24 @@ def _shown(served: Served, repository: str | None) -> list[Any]:
     if repository is not None:
         config, _ = settings_for(repository)
         maps = list(dict.fromkeys([*maps, config.feature_map]))
-    first_dense = next(step for step in itertools.count() if step not in config.dense_steps)
+    first_dense = _first_dense(config)
     return [
-        config.topk, config.blkq, config.blkk, gr.Dropdown(maps, value=config.feature_map), config.linear, config.skip,
-        first_dense,
+        gr.Slider(value=config.topk, minimum=min(0.02, config.topk)), config.blkq, config.blkk,
+        gr.Dropdown(maps, value=config.feature_map), config.linear, config.skip,
+        gr.Slider(value=first_dense, maximum=max(10, first_dense)),
     ]  # fmt: skip
+
+
+def _first_dense(config: SLAConfig) -> int:
+    return next(step for step in itertools.count() if step not in config.dense_steps)
 
 
 def trained_settings(config: SLAConfig, source: str) -> SLAConfig:
     """What trained projections run with: what the form has an input for, and the rest as their file says."""
-    return settings_for(source, {name: getattr(config, name) for name in SETTINGS})[0]
+    given = {name: getattr(config, name) for name in SETTINGS}
+    if _first_dense(config) == _first_dense(settings_for(source)[0]):
+        del given["dense_steps"]  # untouched: the file may name others than the first, which the form cannot
+    return settings_for(source, given)[0]
 
 
 def values(served: Served, subject, topk, seed, steps, guidance, blkq, blkk, feature_map, linear, skip, dense_steps):

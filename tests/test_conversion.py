@@ -179,6 +179,14 @@ def test_what_a_layout_has_no_place_for_is_refused(tmp_path, trained):
         convert(tmp_path, tmp_path / "folder", layout="sglang")
     with pytest.raises(SLASettingsConflictError, match=r"topk is 0\.25 in .* and 0\.5 here"):
         convert(tmp_path, tmp_path / "x.pt", config={"topk": 0.5})
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_settings_that_are_named_need_only_be_right(tmp_path, trained):
+    save_sla_weights(trained[0], tmp_path)
+    settings = read_state(tmp_path).settings
+    convert(tmp_path, tmp_path / "x.safetensors", config={"topk": settings["topk"]})
+    assert read_state(tmp_path / "x.safetensors").settings == settings
 
 
 def test_the_command_says_what_it_wrote_and_with_which_settings(tmp_path, trained):

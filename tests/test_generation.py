@@ -5,6 +5,7 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
+from diffusers import LattePipeline
 from PIL import Image
 from pipelines import SIZES, make_pipeline, tiny_dit
 
@@ -122,6 +123,7 @@ def test_a_video_comes_of_pipelines_that_take_a_number_of_frames():
     wan = make_pipeline("wan")
     requests = [Request(prompt="a"), Request(prompt="a", num_frames=5), Request(prompt="a", num_frames=1)]
     assert [request.makes_video(wan) for request in requests] == [True, True, False]
+    assert Request(prompt="a").makes_video(object.__new__(LattePipeline))  # its number of frames is video_length
 
 
 def test_frames_are_written_by_suffix(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """sla_attention and select_blocks: the contract, the checks, and the choice of implementation."""
 
 import math
+import numbers
 
 import torch
 
@@ -164,7 +165,7 @@ def _check_tensors(q, k, v, impl):
 
 def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causal):
     for name, number in (("topk", topk), ("skip", skip), ("scale", 0.0 if scale is None else scale)):
-        if not isinstance(number, NUMBERS):
+        if not isinstance(number, NUMBERS) and not isinstance(number, numbers.Real):  # the second is slow
             raise TypeError(f"{name} must be a number, got {number!r}")
     if not 0 < topk <= 1:
         raise ValueError(f"topk must be in (0, 1], got {topk}")
@@ -174,7 +175,7 @@ def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causa
         raise ValueError(f"topk + skip must not exceed 1, got {topk} + {skip}")
     for name, block in (("blkq", blkq), ("blkk", blkk)):
         if type(block) is not int or block not in BLOCK_SIZES:  # 64.0 is among them
-            raise ValueError(f"{name} must be one of the integers {BLOCK_SIZES}, got {block!r}")
+            raise ValueError(f"{name} must be one of the ints {BLOCK_SIZES}, got {block!r}")
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
     if linear not in LINEAR_MODES:
@@ -207,7 +208,7 @@ def _check_keys(q, k, key_mask, keep_q, keep_k):
             raise ValueError(f"key_mask must be on {q.device} like q, got {key_mask.device}")
     for name, keep, x in (("keep_q", keep_q, q), ("keep_k", keep_k, k)):
         if not isinstance(keep, (tuple, list)) or not COUNTS.issuperset(map(type, keep)):  # True is an int, too
-            raise TypeError(f"{name} must be two integers, got {keep!r}")
+            raise TypeError(f"{name} must be two ints, got {keep!r}")
         if len(keep) != 2 or min(keep) < 0 or sum(keep) >= x.shape[2]:
             raise ValueError(f"{name} must be two counts >= 0 that leave a token of {x.shape[2]} between, got {keep}")
 

@@ -28,14 +28,16 @@ def scatter_marginal(dm, dz, block_map, weight, sums, norm):
     blocks, and dW. sums: of key blocks, as above."""
     B, Hkv, _, D, F = sums.shape
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
-    dm = _finite(columns @ dm.view(B, Hkv, -1, D * F)).view(sums.shape).mT
+    # Times norm, as the sum alone may leave float16.
+    dm = torch.baddbmm(dm.new_empty(()), columns.flatten(0, 1), dm.view(B * Hkv, -1, D * F), beta=0, alpha=norm)
+    dm = dm.view(sums.shape).mT
     dz = columns.float() @ dz.view(B, Hkv, -1, F)
+    cut = None
+    if dm.dtype == torch.float16:  # as `project` does
+        cut = (dm.abs() > 16376).any(-1, keepdim=True)
+        dm = dm.clamp(-65504, 65504)
     dweight = 0.0
     for part, part_sums in zip(dm.chunk(8, 2), sums.chunk(8, 2)):  # one sum over all features is less exact
         dweight += (part.flatten(2, 3).mT @ part_sums.mT.flatten(2, 3)).float().sum((0, 1))
-    return _finite(dm @ weight.to(dm.dtype)) * norm, dz * norm, dweight
-
-
-def _finite(x):
-    """As `finite` of features.py; in place."""
-    return x.clamp_(-65504, 65504) if x.dtype == torch.float16 else x
+    dh = dm @ weight.to(dm.dtype)
+    return dh if cut is None else torch.where(cut, dh.clamp(-65504, 65504), dh), dz * norm, dweight / norm

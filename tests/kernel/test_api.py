@@ -48,8 +48,8 @@ X = torch.zeros(1, 2, 32, 16)
             "block_map must be on cpu like q, got meta",
         ),
         ({"keep_q": (16, 16)}, ValueError, "keep_q must be two counts"),
-        ({"keep_q": 3}, TypeError, "keep_q must be two integers, got 3"),
-        ({"keep_k": (True, False)}, TypeError, r"keep_k must be two integers, got \(True, False\)"),
+        ({"keep_q": 3}, TypeError, "keep_q must be two ints, got 3"),
+        ({"keep_k": (True, False)}, TypeError, r"keep_k must be two ints, got \(True, False\)"),
         ({"block_map": torch.zeros(1, 2, 9, 9, dtype=torch.int8)}, ValueError, "block_map must be int8 of shape"),
         (
             {"block_map": torch.ones(1, 2, 2, 2, dtype=torch.int8), "blkq": 16, "blkk": 16, "topk": 0.5},

@@ -40,6 +40,19 @@ def test_one_graph_whatever_the_length(device):
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_a_given_map_is_checked_where_the_compiled_call_runs(device):
+    if device != "cpu":
+        pytest.skip("on a GPU it is an assertion there, which ends the process")
+    torch._dynamo.reset()
+    q, k, v, _ = _tensors(device)
+
+    def op(block_map):
+        return sla_attention(q, k, v, topk=0.4, blkq=16, blkk=16, linear="none", block_map=block_map, impl="triton")
+
+    with pytest.raises(ValueError, match=r"block_map must have 1 ones in every row, .* got 3 to 3"):
+        torch.compile(op, fullgraph=True, backend="aot_eager")(torch.ones(1, 2, 3, 3, dtype=torch.int8))
+
+
 def test_checkpointing_gives_the_same_gradients(device):
     tensors = _tensors(device)
     plain = torch.autograd.grad(_op(*tensors).square().sum(), tensors)
