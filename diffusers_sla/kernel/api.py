@@ -44,8 +44,8 @@ def sla_attention(
             are neither in a block nor in the linear branch. Blocks are cut on what lies between.
         is_causal: Must be False: a block chosen as a whole has no causal form.
         block_map: [B, H, ceil(q tokens / blkq), ceil(k tokens / blkk)] int8 from `select_blocks`: 1 critical,
-            0 marginal, -1 negligible; every row has max(1, int(topk * num_k_blocks)) ones, which a GPU asserts when
-            it gets there. None: chosen here.
+            0 marginal, -1 negligible; every row has max(1, int(topk * num_k_blocks)) ones, which the kernels assert
+            on a GPU when it gets there. None: chosen here.
         impl: "triton" (GPU, or any device under TRITON_INTERPRET=1), "eager" (plain torch, any device, memory
             linear in L), "reference" (dense, the definition), or "auto": triton for GPU tensors, eager otherwise.
 
