@@ -16,7 +16,7 @@ from .saved_models import component_configs, expected_layers
 from .state import PT_NAME, SAFETENSORS_NAME, SLAState, find_state, read_state, replace, write_state
 from .tensor_files import load_pt, open_safetensors
 from .wan_checkpoint import convert_wan_checkpoint, is_wan_checkpoint
-from .weights import fit
+from .weights import fit, merge_settings
 
 OURS, SIMPLETUNER = "diffusers-sla", "simpletuner"
 NAMES = (OURS, SIMPLETUNER, *LAYOUTS)
@@ -87,16 +87,10 @@ def _settings(path: Path, state: SLAState, config: Any) -> dict[str, Any]:
     if state.settings is None:
         known = SLAConfig.parse(LAYOUTS[layout_of(_names(path)) or "turbodiffusion"].settings)
         return SLAConfig.parse(config, known).to_dict()
-    stored = SLAConfig.parse(state.settings)
-    given = SLAConfig.parse(config, stored).to_dict()
-    differing = [
-        f"{name} is {value!r} in {path} and {given[name]!r} here"
-        for name, value in stored.to_dict().items()
-        if value != given[name]
-    ]
+    chosen, differing = merge_settings(state, config)
     if differing:
-        raise SLASettingsConflictError("; ".join(differing))
-    return stored.to_dict()
+        raise SLASettingsConflictError(f"{path}: {differing}")
+    return chosen.to_dict()
 
 
 def _name_layers(state: SLAState, model: str | os.PathLike | None, token: str | bool | None) -> None:

@@ -109,7 +109,7 @@ def load_sla_weights(
     state = read_state(source if isinstance(source, Mapping) else locate_state(source, weight_name, remote))
     installed = sla_layers(model_or_pipe)
     wanted = next(iter(installed.values())).config if config is None and installed else config
-    chosen, differing = _settings(state, wanted)
+    chosen, differing = merge_settings(state, wanted)
     if differing and not override:
         raise SLASettingsConflictError(f"{differing}. override=True keeps what is here")
     tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
@@ -136,7 +136,7 @@ def replay_sla_weights(model_or_pipe: Any, source: str | os.PathLike | Mapping[s
     installed = sla_layers(model_or_pipe)
     if not installed:
         raise SLAStateError("there is no SLA on this model; apply_sla(model) puts it there")
-    chosen, differing = _settings(state, next(iter(installed.values())).config)
+    chosen, differing = merge_settings(state, next(iter(installed.values())).config)
     if differing:
         raise SLASettingsConflictError(f"{differing}. A run goes on with the settings it had: give those to apply_sla")
     tensors = fit(state, self_attention_layers(model_or_pipe, chosen), chosen)
@@ -162,7 +162,7 @@ def settings_for(
         SLAStateError, SLAHubError: See `load_sla_weights`.
         SLAConfigError: What is given is unknown or out of range.
     """
-    return _settings(read_state(locate_state(source, None, Remote(""))), given)
+    return merge_settings(read_state(locate_state(source, None, Remote(""))), given)
 
 
 def locate_state(source: str | os.PathLike, weight_name: str | None, remote: Remote) -> Path:
@@ -247,7 +247,8 @@ def parse_settings(state: SLAState) -> SLAConfig:
         raise SLAStateFormatError(f"the file's settings are wrong: {error}") from error
 
 
-def _settings(state: SLAState, given: SLAConfig | Mapping[str, Any] | str | None) -> tuple[SLAConfig, str]:
+def merge_settings(state: SLAState, given: SLAConfig | Mapping[str, Any] | str | None) -> tuple[SLAConfig, str]:
+    """As `settings_for`, of a state that has been read."""
     if state.settings is None and given is not None:
         return SLAConfig.parse(given), ""
     stored = parse_settings(state)

@@ -189,6 +189,16 @@ def test_settings_that_are_named_need_only_be_right(tmp_path, trained):
     assert read_state(tmp_path / "x.safetensors").settings == settings
 
 
+def test_a_file_from_before_min_length_keeps_running_sla_at_every_length(tmp_path, trained):
+    save_sla_weights(trained[0], tmp_path)
+    old = torch.load(tmp_path / "sla_attention.pt")
+    del old["settings"]["min_length"]
+    del old["digest"]
+    torch.save(old, tmp_path / "old.pt")
+    convert(tmp_path / "old.pt", tmp_path / "new.pt")
+    assert read_state(tmp_path / "new.pt").settings["min_length"] == 0
+
+
 def test_the_command_says_what_it_wrote_and_with_which_settings(tmp_path, trained):
     torch.save(original_checkpoint(trained[0]), tmp_path / "w.pth")
     arguments = ["convert", str(tmp_path / "w.pth"), str(tmp_path / "out"), "--base-model", "a/b", "--json"]

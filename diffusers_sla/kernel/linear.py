@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .eager import SOFTMAX_MAPS
 from .features import HALVES, finite, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
 from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, takes_gluon
@@ -269,7 +270,7 @@ def _linear_bwd_k_kernel(
 
 
 def norm_of(k, feature_map):
-    return (k.shape[-1] if feature_map in ("softmax", "hedgehog") else 1) / k.shape[2]
+    return (k.shape[-1] if feature_map in SOFTMAX_MAPS else 1) / k.shape[2]
 
 
 def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block, key_mask):

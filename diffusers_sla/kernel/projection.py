@@ -32,8 +32,8 @@ def project(
         z += tl.load(z_ptr + chunk * F + f, mask=f < F, other=0.0)
     tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
     tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
-    # A gradient at float16's end already before W is of a feature that next to no key has, and is cut off, see
-    # `finite`; what W makes of others may become infinite, so that whoever scales the loss hears of it.
+    # A gradient beyond a quarter of float16's range already before W is of a feature that next to no key has, and is
+    # cut off, see `finite`; what W makes of others may become infinite, so that whoever scales the loss hears of it.
     CUT: tl.constexpr = not TRANSPOSE and product_ptr.dtype.element_ty == tl.float16
     if CUT:
         beyond = tl.max(tl.abs(total), 1) * factor > 16376.0
