@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import SLAConfig
-from .errors import SLAUnsupportedError
+from .errors import SLAConfigError, SLAUnsupportedError
 from .kernel import sla_attention
+from .kernel.api import MAX_HEAD_DIM
 
 
 class SparseLinearAttention(nn.Module):
@@ -39,6 +40,10 @@ class SparseLinearAttention(nn.Module):
             raise SLAUnsupportedError(
                 "feature_map 'hedgehog' has weights of its own: use SLAAttnProcessor or apply_sla"
             )
+        if type(head_dim) is not int or not 0 < head_dim <= MAX_HEAD_DIM:
+            raise SLAConfigError(f"head_dim must be an int from 1 to {MAX_HEAD_DIM}, got {head_dim!r}")
+        if not isinstance(use_bf16, bool):
+            raise SLAConfigError(f"use_bf16 must be True or False, got {use_bf16!r}")
         self.dtype = torch.bfloat16 if use_bf16 else torch.float16
         self.proj_l = nn.Linear(head_dim, head_dim, dtype=torch.float32)
         nn.init.zeros_(self.proj_l.weight)
@@ -49,7 +54,16 @@ class SparseLinearAttention(nn.Module):
 
         Returns:
             [B, H, Lq, D] in q's dtype; with `return_sparsity` also the share of key blocks kept.
+
+        Raises:
+            ValueError, TypeError: q, k or v is no float tensor of these shapes; the message names it.
         """
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise TypeError(f"{name} must be a float tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+            if x.ndim != 4 or x.shape[-1] != self.proj_l.in_features:
+                expected = f"[B, H, L, {self.proj_l.in_features}]"
+                raise ValueError(f"{name} must be {expected}, the last being head_dim, got shape {tuple(x.shape)}")
         # Any strides, as the reference takes them.
         inputs = (x.to(self.dtype) if x.stride(-1) == 1 else x.to(self.dtype).contiguous() for x in (q, k, v))
         o = sla_attention(

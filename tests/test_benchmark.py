@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend
 
 from diffusers_sla import SLAConfig, benchmark
-from diffusers_sla.cli import main
+from diffusers_sla.cli import bench, main
 from diffusers_sla.flops import sla_flops
 
 CASE = benchmark.Case(1, 2, 640, 16, "float32", SLAConfig(topk=0.2))
@@ -83,3 +84,21 @@ def test_a_shape_is_four_positive_numbers(shape):
     result = CliRunner().invoke(main, ["bench", "--device", "cpu", "--shape", shape])
     assert result.exit_code == 2
     assert "B,H,L,D" in result.output
+
+
+def test_curves_of_a_picture_are_of_one_case_each(tmp_path, monkeypatch):
+    def record(B, L, dtype):
+        config = {"topk": 0.1, "blkq": 64, "blkk": 64}
+        case = {"B": B, "H": 2, "L": L, "D": 32, "dtype": dtype, "config": config}
+        return benchmark.Record(case, {}, [benchmark.Row("sla", "forward", 1, 1, 1, 1, 1, ratio=2.0)])
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    dtypes = ("float32", "bfloat16")
+    bench._plot([record(1, L, dtype) for L in (256, 512) for dtype in dtypes], tmp_path / "x.png")
+    bench._plot([record(B, 256, "float32") for B in (1, 4)], tmp_path / "x.png")
+    (by_length,), (single,) = (figure.axes for figure in drawn)
+    curves = {line.get_label(): list(line.get_xdata()) for line in by_length.lines if "topk" in str(line.get_label())}
+    assert curves == {f"forward, topk 0.1, 2 x 32, 64x64, {dtype}": [256, 512] for dtype in dtypes}
+    labels = [line.get_label() for line in single.lines if "topk" in str(line.get_label())]
+    assert labels == [f"forward, topk 0.1, 2 x 32, 64x64, B {B}" for B in (1, 4)]

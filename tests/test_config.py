@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from diffusers_sla import SLAConfig, SLAConfigError, SLAError
@@ -51,6 +52,7 @@ def test_topk_out_of_range_is_named(topk):
     [
         ({"blkq": 48}, "blkq must be one of 16, 32, 64, 128, got 48"),
         ({"blkk": 64.0}, "blkk must be one of 16, 32, 64, 128, got 64.0"),
+        ({"blkq": np.int64(32)}, "blkq must be one of 16, 32, 64, 128, got np.int64\\(32\\)"),
         ({"blkk": True}, "blkk must be one of 16, 32, 64, 128, got True"),
         ({"feature_map": "gelu"}, "feature_map must be one of softmax, elu, relu, hedgehog, got 'gelu'"),
         ({"linear": "some"}, "linear must be one of all, marginal, none, got 'some'"),

@@ -60,5 +60,30 @@ def test_all_blocks_and_a_zero_projection_are_dense_attention():
 def test_bad_settings_are_named():
     with pytest.raises(SLAConfigError, match=r"topk must be a number in \(0, 1\], got 0"):
         SparseLinearAttention(16, 0)
+    with pytest.raises(SLAConfigError, match="head_dim must be an int from 1 to 256, got 300"):
+        SparseLinearAttention(300, 0.2)
+    with pytest.raises(SLAConfigError, match=r"use_bf16 must be True or False, got torch\.float16"):
+        SparseLinearAttention(16, 0.2, use_bf16=torch.float16)
     with pytest.raises(SLAUnsupportedError, match="hedgehog"):
         SparseLinearAttention(16, 0.2, feature_map="hedgehog")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"q": None}, TypeError, "q must be a float tensor, got NoneType"),
+        ({"k": torch.zeros(1, 2, 200, 16, dtype=torch.int32)}, TypeError, "k must be a float tensor, got torch.int32"),
+        ({"v": torch.zeros(())}, ValueError, r"v must be \[B, H, L, 16\], .* got shape \(\)"),
+        ({"q": torch.zeros(1, 2, 200, 24)}, ValueError, r"q must be \[B, H, L, 16\], .* got shape \(1, 2, 200, 24\)"),
+    ],
+)
+def test_bad_inputs_are_named(changed, error, message):
+    with pytest.raises(error, match=message):
+        SparseLinearAttention(16, 0.2)(**dict(zip("qkv", inputs(), strict=True)) | changed)
+
+
+def test_it_compiles_as_one_graph():
+    torch._dynamo.reset()
+    module = SparseLinearAttention(16, 0.4, BLKQ=16, BLKK=16)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*inputs()), module(*inputs()))

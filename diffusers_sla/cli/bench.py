@@ -32,7 +32,9 @@ def _shape(_context, _parameter, values):
 @click.command()
 @click.option("--shape", "shapes", multiple=True, callback=_shape, metavar="B,H,L,D", help="Repeat for several.")
 @click.option("--topk", "topks", type=float, multiple=True, help="Share of key blocks kept; repeat for several.")
-@click.option("--sla_config", "settings", help='Settings as JSON: \'{"blkq": 128, "linear": "marginal"}\'.')
+@click.option(
+    "--sla-config", "--sla_config", "settings", help='Settings as JSON: \'{"blkq": 128, "linear": "marginal"}\'.'
+)
 @click.option("--dtype", "dtypes", type=click.Choice(["bfloat16", "float16", "float32"]), multiple=True)
 @click.option("--pass", "passes", type=click.Choice(benchmark.PASSES), multiple=True, help="Default: both.")
 @click.option("--device", default=None, help="cuda or cpu; cuda where there is a GPU.")
@@ -47,7 +49,7 @@ def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repea
     \b
     Examples:
       diffusers-sla bench --device cpu --shape 1,4,8192,128 --topk 0.05 --pass forward
-      diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla_config '{"blkq": 128}' --json wan.json
+      diffusers-sla bench --shape 1,12,32760,128 --topk 0.05 --sla-config '{"blkq": 128}' --json wan.json
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cuda", "cpu"):
@@ -56,6 +58,9 @@ def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repea
         raise click.BadParameter("this torch sees no GPU; --device cpu times the plain torch path")
     check_device(name)
     device = torch.device(name)
+    passes = passes or benchmark.PASSES
+    if flex and device.type == "cpu" and "backward" in passes:
+        raise SLAConfigError("--flex: FlexAttention has no backward on a CPU; give --pass forward")
     for option, path in (("--json", json_path), ("--plot", plot)):
         if path and not path.parent.is_dir():
             raise SLAConfigError(f"{option} {path}: there is no folder {path.parent}")
@@ -77,7 +82,7 @@ def command(shapes, topks, settings, dtypes, passes, device, flex, proj_s, repea
     records = []
     for case in cases:
         record = benchmark.run(
-            case, device, passes=passes or benchmark.PASSES, flex=flex, measured=measured[case.dtype],
+            case, device, passes=passes, flex=flex, measured=measured[case.dtype],
             repeats=repeats or (30 if device.type == "cuda" else 5),
         )  # fmt: skip
         records.append(record)
@@ -104,14 +109,20 @@ def _line(cells):
     return " ".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True))
 
 
+def _value(record, key):
+    return record.case["config"]["topk"] if key == "topk" else record.case[key]
+
+
 def _plot(records, path):
-    """Speed-up of SLA over the best dense attention, on a GPU both as CUDA graphs: against L where several lengths
-    were timed, and against topk."""
+    """Speed-up of SLA over the best dense attention, on a GPU both as CUDA graphs: against L and against topk, where
+    several of them were timed."""
     from matplotlib.figure import Figure
 
-    axes_of = [("L", "sequence length"), ("topk", "share of key blocks kept (topk)")]
+    varied = {key for key in ("L", "topk", "B", "dtype") if len({_value(record, key) for record in records}) > 1}
+    panels = [("L", "sequence length"), ("topk", "share of key blocks kept (topk)")]
+    axes_of = [panel for panel in panels if panel[0] in varied] or panels[:1]
     graphs = all(row.graph_ratio for record in records for row in record.rows if row.name == "sla")
-    figure = Figure(figsize=(5.5 * len(axes_of), 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * max(len(axes_of), 1.3), 4), layout="constrained")
     for place, (key, label) in enumerate(axes_of):
         axes = figure.add_subplot(1, len(axes_of), place + 1)
         curves: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -119,9 +130,10 @@ def _plot(records, path):
             case, config = record.case, record.case["config"]
             fixed = f"topk {config['topk']:g}" if key == "L" else f"L {case['L']}"
             name = f"{fixed}, {case['H']} x {case['D']}, {config['blkq']}x{config['blkk']}"
+            name += f", B {case['B']}" * ("B" in varied) + f", {case['dtype']}" * ("dtype" in varied)
             for row in record.rows:
                 if row.name == "sla":
-                    point = (case["L"] if key == "L" else config["topk"], row.graph_ratio if graphs else row.ratio)
+                    point = (_value(record, key), row.graph_ratio if graphs else row.ratio)
                     curves.setdefault((name, row.what), []).append(point)
         colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for name, _ in curves))}
         for (name, what), points in curves.items():

@@ -99,6 +99,7 @@ def select_blocks(q, k, *, topk=0.2, blkq=64, blkk=64, skip=0.0, scale=None, key
     Score: mean of each query block . mean of each key block, scaled (eq. 2); the best max(1, int(topk * n)) blocks of
     a row are critical, the lowest int(skip * n) negligible (eq. 3). Arguments as in `sla_attention`.
     """
+    q, k = _autocast(q, k)
     _check_tensors(q, k, k, impl)
     _check_settings(topk, blkq, blkk, "softmax", "all", skip, scale, False)
     _check_keys(q, k, key_mask, keep_q, keep_k)
@@ -180,7 +181,7 @@ def _check_settings(topk, blkq, blkk, feature_map, linear, skip, scale, is_causa
         raise ValueError(f"feature_map must be one of {FEATURE_MAPS}, got {feature_map!r}")
     if linear not in LINEAR_MODES:
         raise ValueError(f"linear must be one of {LINEAR_MODES}, got {linear!r}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:  # math.isfinite takes no traced number
         raise ValueError(f"scale must be finite, got {scale}")
     if is_causal:
         raise ValueError("is_causal must be False: SLA chooses whole blocks of keys and has no causal form")

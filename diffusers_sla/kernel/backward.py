@@ -48,7 +48,7 @@ def _dq_step(
 def _query_gradients(
     pid, q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+    stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
     H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
     scale, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,11 +81,10 @@ def _query_gradients(
     at = rows.to(tl.int64)[:, None]
     q = tl.load(q_ptr + b * stride_qb + h * stride_qh + at * stride_ql + cols[None, :], mask=inside, other=0.0)
     do = tl.load(do_ptr + b * stride_db + h * stride_dh + at * stride_dl + cols[None, :], mask=inside, other=0.0)
-    o_offsets = b * stride_ob + h * stride_oh + at * stride_ol + cols[None, :]
     if EXACT:
         delta = tl.zeros([BLOCK_M], tl.float32)
     else:
-        o_s = tl.load(o_s_ptr + o_offsets, mask=inside, other=0.0)
+        o_s = tl.load(o_s_ptr + (bh * Lq + at) * D + cols[None, :], mask=inside, other=0.0)
         delta = tl.sum(do.to(tl.float32) * o_s.to(tl.float32), 1)
     lse = tl.load(lse_ptr + bh * num_rows + rows, mask=row_valid, other=float("inf"))
     top = lse
@@ -122,7 +121,7 @@ def _query_gradients(
             visible = n >= 0
             if HAS_MASK:
                 visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
-            k, v = k_base + k_first * stride_kl, v_base + k_first * stride_vl
+            k, v = k_base + k_first.to(tl.int64) * stride_kl, v_base + k_first.to(tl.int64) * stride_vl
             k = load_rows(k, first, inner, stride_kl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
             v = load_rows(v, first, inner, stride_vl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
             delta, dq = _dq_step(
@@ -148,16 +147,17 @@ def _query_gradients(
         tl.store(delta_ptr + bh * num_rows + rows, delta)
 
     dq *= scale
+    dq_ptrs = dq_ptr + b * stride_gb + h * stride_gh + at * stride_gl + cols[None, :]
     if HAS_LINEAR:
-        dq += tl.load(dq_ptr + o_offsets, mask=inside & (pid >= num_kept), other=0.0).to(tl.float32)
-    tl.store(dq_ptr + o_offsets, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+        dq += tl.load(dq_ptrs, mask=inside & (pid >= num_kept), other=0.0).to(tl.float32)
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["Lq", "Lk", "q_first", "q_end", "k_first", "k_end", "num_front", "num_kept", "num_q_blocks", "topk", "num_inverting", "num_k_blocks"])  # fmt: skip  # noqa: E501
 def _sparse_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-    stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+    stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
     H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
     scale, scale_log2,
     map_ptr, starts_ptr, counts_ptr, list_ptr, num_inverting, num_k_blocks,
@@ -168,9 +168,9 @@ def _sparse_bwd_dq_kernel(
 ):  # fmt: skip
     """dQ of BLOCK_M queries a program; the first num_inverting programs make the inverse list that dK and dV walk.
 
-    Grid: (num_inverting + num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), the others as in the forward. dq
-    holds the linear branch's share of the queries in blocks when HAS_LINEAR, and has the strides of o_s. lse: from the
-    forward. delta: [B, H, num_rows] float32. map: [B, H, num_q_blocks, num_k_blocks] int8; the rest as in `invert`.
+    Grid: (num_inverting + num_kept + num_q_blocks * BLKQ // BLOCK_M, H, B), the others as in the forward. dq:
+    strides g, and the linear branch's share of the queries in blocks when HAS_LINEAR. o_s, lse: from the forward.
+    delta: [B, H, num_rows] float32. map: [B, H, num_q_blocks, num_k_blocks] int8; the rest as in `invert`.
     """
     pid = tl.program_id(0)
     if pid < num_inverting:
@@ -184,7 +184,7 @@ def _sparse_bwd_dq_kernel(
             pid - num_inverting,
             q_ptr, k_ptr, v_ptr, do_ptr, o_s_ptr, indices_ptr, mask_ptr, lse_ptr, delta_ptr, dq_ptr,
             stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
-            stride_db, stride_dh, stride_dl, stride_ob, stride_oh, stride_ol,
+            stride_db, stride_dh, stride_dl, stride_gb, stride_gh, stride_gl,
             H, Lq, Lk, q_first, q_end, k_first, k_end, num_front, num_kept, num_q_blocks, num_rows, topk,
             scale, scale_log2,
             GROUP, D, BLOCK_D, BLOCK_M, BLOCK_N, BLKQ, BLKK, HAS_MASK, KEEP_Q, KEEP_K, HAS_LINEAR, EXACT, PRECISION,
@@ -354,7 +354,7 @@ def _sparse_bwd_dkdv_kernel(
 def sparse_bwd(run, do, q, k, v, o_s, lse, indices, block_map, key_mask, dq, dk, dv, blkq, blkk, keep_q, keep_k, scale, linear):  # fmt: skip  # noqa: E501
     """Launch the backward of the sparse branch; adds to what dq, dk, dv hold in blocks when `linear`, else overwrites.
 
-    dk and dv share one order of strides, dq has that of o_s.
+    dk and dv share one order of strides; o_s is contiguous.
     """
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
@@ -378,7 +378,7 @@ def sparse_bwd(run, do, q, k, v, o_s, lse, indices, block_map, key_mask, dq, dk,
     run.launch(
         _sparse_bwd_dq_kernel, (inverting + front + back + num_q_blocks * (blkq // config.block_m), H, B),
         q, k, v, do, o_s, indices, key_mask, lse, delta, dq,
-        *strides, *o_s.stride()[:3],
+        *strides, *dq.stride()[:3],
         H, *ranges, front, front + back, num_q_blocks, rows, topk, scale, scale_log2,
         block_map, starts, counts, listed, inverting, num_k_blocks,
         GROUP=H // Hkv, D=D, BLOCK_D=block_d(D), BLOCK_M=config.block_m, BLOCK_N=config.block_n,

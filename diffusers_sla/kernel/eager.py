@@ -10,10 +10,13 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+from .derivatives import first_derivative_only
+
 EPS = 1e-5
 SOFTMAX_MAPS = ("softmax", "hedgehog")
 # Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in cache, also of a busy machine.
 STEP_BYTES = 4 << 20
+FAST_BF16 = torch.cpu._is_avx512_bf16_supported()  # here, as Dynamo does not trace it
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
@@ -26,7 +29,7 @@ def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, k
 def _as_computed(*tensors):
     """Contiguous, and in float32 where products in half precision take longer: on a CPU without such products."""
     dtype = tensors[0].dtype
-    if tensors[0].device.type == "cpu" and not (dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()):
+    if tensors[0].device.type == "cpu" and not (dtype is torch.bfloat16 and FAST_BF16):
         dtype = torch.float32
     return tuple(x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in tensors)
 
@@ -268,10 +271,7 @@ def _even(total, most):
 
 
 class _SparseAttention(torch.autograd.Function):
-    """Softmax attention of each query block over its listed key blocks and the kept keys.
-
-    Saves its inputs only; the backward gathers and computes again.
-    """
+    """Softmax attention of query blocks over their listed key blocks and the kept keys. The backward gathers anew."""
 
     @staticmethod
     def forward(ctx, q, k, v, indices, key_mask, blkq, blkk, keep_k, scale):
@@ -286,7 +286,7 @@ class _SparseAttention(torch.autograd.Function):
         return gather.join(out)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, do):
         q, k, v, indices, key_mask = ctx.saved_tensors
         blkq, blkk, keep_k, scale = ctx.settings

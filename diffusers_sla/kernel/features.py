@@ -19,23 +19,6 @@ def _exp(x, top):
 
 
 @triton.jit
-def cut_off(x, bound):
-    """x between -bound and bound; NaN stays."""
-    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-
-
-@triton.jit
-def finite(x, dtype: tl.constexpr):
-    """x as dtype, with float16's largest number for what lies beyond.
-
-    For gradients of features that next to no key has: 1 / den is beyond float16, what it multiplies in the end is 0.
-    """
-    if dtype == tl.float16:
-        x = cut_off(x, 65504.0)
-    return x.to(dtype)
-
-
-@triton.jit
 def phi_stats(x, valid, PHI: tl.constexpr):
     """Row maximum and row total of a softmax-like phi: two [rows] vectors. `valid` [1, columns] masks padding."""
     if PHI == "softmax":

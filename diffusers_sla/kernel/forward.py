@@ -179,8 +179,9 @@ def _sparse_fwd_kernel(
     every key.
     indices: [B, H, num_q_blocks, topk] int32. mask: [B, Lk] bool. a: [D, D], bias: [D].
     m: [B, H // M_GROUP, M_BLOCKS, NUM_HALVES * D, D] and z [.., NUM_HALVES * D] float32: the linear branch's sums, m
-    already times W^T; M_BLOCKS is 1 or num_q_blocks. o, o_s: [B, H, Lq, D], same strides. lse: [B, H,
-    num_rows] float32, base 2; EXACT: [2, B, H, num_rows], the logarithm of the sum, and the largest score it is of.
+    already times W^T; M_BLOCKS is 1 or num_q_blocks. o: [B, H, Lq, D], strides o; o_s: the same,
+    contiguous. lse: [B, H, num_rows] float32, base 2; EXACT: [2, B, H, num_rows], the logarithm of the sum, and the
+    largest score it is of.
     scale_log2 is not negative; NEGATIVE turns the sign of q instead.
     """
     pid = tl.program_id(0)
@@ -228,7 +229,7 @@ def _sparse_fwd_kernel(
         visible = n >= 0
         if HAS_MASK:
             visible = tl.load(mask_ptr + b * Lk + k_first + first + inner) != 0
-        k, v = k_base + k_first * stride_kl, v_base + k_first * stride_vl
+        k, v = k_base + k_first.to(tl.int64) * stride_kl, v_base + k_first.to(tl.int64) * stride_vl
         k = load_rows(k, first, inner, stride_kl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
         v = load_rows(v, first, inner, stride_vl, cols, visible, D, BLOCK_D, BLKK, BLOCK_N, HAS_MASK)
         acc, row_sum, row_max = _attend(
@@ -258,8 +259,8 @@ def _sparse_fwd_kernel(
 
     empty = row_sum == 0.0
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    o_base = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol
-    o_offsets = o_base + cols[None, :]
+    o_offsets = b * stride_ob + h * stride_oh + rows.to(tl.int64)[:, None] * stride_ol + cols[None, :]
+    o_s_base = (bh * Lq + rows)[:, None] * D
     if SAVE:
         lse = log2(row_sum, EXACT)
         if EXACT:
@@ -275,7 +276,7 @@ def _sparse_fwd_kernel(
             tl.store(lse_ptr + bh * num_rows + rows, tl.where(row_valid, lse, float("inf")))
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D  # a whole [D, D] matrix at once, or row by row of tiles
     if SAVE or (HAS_A and not WHOLE):
-        tl.store(o_s_ptr + o_offsets, acc.to(o_s_ptr.dtype.element_ty), mask=inside)
+        tl.store(o_s_ptr + o_s_base + cols[None, :], acc.to(o_s_ptr.dtype.element_ty), mask=inside)
     o = acc
     if not is_kept:
         r = tl.arange(0, BLOCK_R)
@@ -287,7 +288,7 @@ def _sparse_fwd_kernel(
             for first in tl.static_range(0, D, BLOCK_R):
                 part = first + r
                 if not WHOLE:
-                    o_s = tl.load(o_s_ptr + o_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                    o_s = tl.load(o_s_ptr + o_s_base + part[None, :], mask=row_valid[:, None] & (part[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
                 a = tl.load(a_ptr + cols[None, :] * D + part[:, None], mask=(cols[None, :] < D) & (part[:, None] < D), other=0.0)  # fmt: skip  # noqa: E501
                 o = add_dot(o_s, a.to(o_s.dtype), o, EXACT, PRECISION)
         if HAS_LINEAR:
@@ -329,7 +330,7 @@ def statistics(dtype):
 
 
 def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, blkq, blkk, keep_q, keep_k, feature_map, scale, eps):  # fmt: skip  # noqa: E501
-    """Launch the forward. Fills o, and o_s and lse where they are given; o_s has o's strides."""
+    """Launch the forward. Fills o, and o_s (contiguous) and lse where they are given."""
     B, H, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     num_q_blocks, topk = indices.shape[2:]
@@ -343,7 +344,7 @@ def sparse_fwd(run, q, k, v, fq, indices, key_mask, m, z, a, bias, o, o_s, lse, 
     BLOCK_D = block_d(D)
     save = o_s is not None
     if a is not None and config.block_r < BLOCK_D and not save:
-        o_s = run.empty(o.shape, o.dtype, o.stride())
+        o_s = run.empty(o.shape, o.dtype)
     BLOCK_M = config.block_m
     num_front, num_back = cdiv(keep_q[0], BLOCK_M), cdiv(keep_q[1], BLOCK_M)
     num_kept = num_front + num_back

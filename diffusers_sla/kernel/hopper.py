@@ -222,7 +222,8 @@ def _hopper_fwd_kernel(
             gl.store(lse_ptr + bh * num_rows + s_rows, gl.where(s_rows < row_end, lse, float("inf")))
         acc = acc / den[:, None]
         den = gl.full([64], 1.0, gl.float32, O_ROWS)
-        gl.store(o_s_ptr + o_at, gl.convert_layout(acc.to(dtype), BLOCKED), mask=inside)
+        o_s_at = (bh * Lq + rows) * D + c[None, :]
+        gl.store(o_s_ptr + o_s_at, gl.convert_layout(acc.to(dtype), BLOCKED), mask=inside)
     if HAS_LINEAR:
         if not is_kept:
             m_head = b * (H // M_GROUP) + h // M_GROUP

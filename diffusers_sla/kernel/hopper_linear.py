@@ -1,8 +1,8 @@
-"""The backward of linear.py for Hopper, in half precision with sums over all blocks, in Triton's Gluon dialect.
+"""The backward of linear.py for Hopper, in bfloat16 with sums over all blocks, in Triton's Gluon dialect.
 
 As in hopper.py a tile's place is filled again as soon as it has been read, and copies run while others compute. Not
-for key masks, hedgehog, sums of marginal blocks only, and strides that are no multiples of 16 numbers: those take
-the Triton kernels.
+for float16 (see `gradient_dtype`), key masks, hedgehog, sums of marginal blocks only, and strides that are no
+multiples of 16 numbers: those take the Triton kernels.
 """
 
 import functools
@@ -132,10 +132,7 @@ def _hopper_linear_bwd_q_kernel(
             den = gl.sum(f * z, 1)
             inv = gl.where(den == 0.0, 0.0, 1.0 / (den + eps))
         f = f * inv[:, None]
-        if dtype == gl.float16:  # as `finite` does
-            fs.store(gl.where(f > 65504.0, 65504.0, f).to(dtype))
-        else:
-            fs.store(f.to(dtype))
+        fs.store(f.to(dtype))
         fence_async_shared()
         mdo = warpgroup_mma_wait(0, deps=[mdo])
         dm = warpgroup_mma(do.permute((1, 0)), fs, dm, is_async=True)

@@ -13,9 +13,18 @@ import triton
 import triton.language as tl
 
 from .eager import SOFTMAX_MAPS
-from .features import HALVES, finite, phi_stats, phi_tile, phi_tile_backward
+from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
-from .launch import PRECISION, block_d, cdiv, chunk_size, linear_k_config, linear_q_config, takes_gluon
+from .launch import (
+    PRECISION,
+    block_d,
+    cdiv,
+    chunk_size,
+    linear_k_config,
+    linear_q_config,
+    rounded_precision,
+    takes_gluon,
+)
 from .plan import aligned
 
 EPS = 1e-5
@@ -46,6 +55,7 @@ def _linear_bwd_q_kernel(
     own = tl.program_id(2) * BLOCK_R + r
     own_valid = own < D
     EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    OPERAND: tl.constexpr = tl.float32 if x_ptr.dtype.element_ty == tl.float16 else x_ptr.dtype.element_ty
     WHOLE: tl.constexpr = BLOCK_R == BLOCK_D
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then M is one tile, loaded once
     m_at = (m_head * M_BLOCKS + tl.where(M_BLOCKS == 1, 0, chunk)) * NUM_HALVES
@@ -87,7 +97,7 @@ def _linear_bwd_q_kernel(
                 mdo = dot_over_d(do, tl.trans(m), EXACT, PRECISION)
                 g += tl.sum(f * mdo, 1)
                 den += tl.sum(f * z[None, :], 1)
-        # 0 where a row has no marginal block: 1 / eps would overflow float16 before the map takes it out.
+        # 0 where a row has no marginal block: nothing but eps to divide by.
         inv = tl.where(den == 0.0, 0.0, 1.0 / (den + eps))
         g *= inv
         dden = tl.where(row_valid, -g * inv, 0.0)
@@ -107,12 +117,12 @@ def _linear_bwd_q_kernel(
             df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
             dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
-            f = finite(f * inv[:, None], do.dtype)
+            f = (f * inv[:, None]).to(OPERAND)
             if half == 0:
-                dm_0 = add_dot(tl.trans(do), f, dm_0, EXACT, PRECISION)
+                dm_0 = add_dot(tl.trans(do).to(OPERAND), f, dm_0, EXACT, PRECISION)
                 dz_0 += dz
             else:
-                dm_1 = add_dot(tl.trans(do), f, dm_1, EXACT, PRECISION)
+                dm_1 = add_dot(tl.trans(do).to(OPERAND), f, dm_1, EXACT, PRECISION)
                 dz_1 += dz
         dbias += tl.sum(tl.reshape(do.to(tl.float32), [BLOCK_M // 16, 16, BLOCK_D]), 0)
         dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + own[None, :]
@@ -121,11 +131,11 @@ def _linear_bwd_q_kernel(
     tl.store(dbias_ptr + out * D + cols, tl.sum(dbias, 0), mask=(cols < D) & (tl.program_id(2) == 0))
     dm_ptrs = dm_ptr + (out * D + cols[:, None]) * (NUM_HALVES * D) + own[None, :]
     square = (cols[:, None] < D) & own_valid[None, :]
-    tl.store(dm_ptrs, finite(dm_0, dm_ptr.dtype.element_ty), mask=square)
+    tl.store(dm_ptrs, dm_0.to(dm_ptr.dtype.element_ty), mask=square)
     feature = out * NUM_HALVES * D + own
     tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_0, 0), 0), mask=own_valid)
     if NUM_HALVES == 2:
-        tl.store(dm_ptrs + D, finite(dm_1, dm_ptr.dtype.element_ty), mask=square)
+        tl.store(dm_ptrs + D, dm_1.to(dm_ptr.dtype.element_ty), mask=square)
         feature += D
         tl.store(dz_ptr + feature, tl.sum(tl.sum(dz_1, 0), 0), mask=own_valid)
 
@@ -208,7 +218,7 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                df = dot_over_d(v, tl.trans(dh), EXACT, PRECISION) + dz[None, :]
+                df = dot_over_d(v.to(dh.dtype), tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 t += tl.sum(f * df, 1)
                 dv = add_dot(f.to(dh.dtype), dh, dv, EXACT, PRECISION)
         stored = row_valid[:, None] & (cols[None, :] < D)
@@ -228,7 +238,7 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
-                    df = dot_over_d(v, tl.trans(dh), EXACT, PRECISION) + dz[None, :]
+                    df = dot_over_d(v.to(dh.dtype), tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 dx += phi_tile_backward(x_part, f, df, t, PHI, half)
             dx = tl.where(visible[:, None], dx, 0.0)
             dx_ptrs = dx_ptr + b * stride_gb + h * stride_gh + at * stride_gl + part[None, :]
@@ -243,7 +253,7 @@ def _linear_bwd_k_kernel(
     Hkv, H_BLOCKS, Lk, k_first, k_end, num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PHI: tl.constexpr, NUM_HALVES: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WEIGHT_PROGRAMS: tl.constexpr, TILE: tl.constexpr,
+    WEIGHT_PROGRAMS: tl.constexpr, WEIGHT_PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The first WEIGHT_PROGRAMS programs compute the gradients of W and its bias (few, but long), the others those of
     phi's input x and of v, from dh = norm dH and dz = norm dz.
@@ -257,8 +267,9 @@ def _linear_bwd_k_kernel(
         if WEIGHT_PROGRAMS > 0:
             ROWS: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.float32 else 64  # tensor cores cut long sums off
             _weight_gradients(
-                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, ROWS, PRECISION
-            )
+                pid, dm_ptr, h_ptr, shares_ptr, dw_ptr, dbias_ptr, num_rows, num_shares, D, TILE, ROWS,
+                WEIGHT_PRECISION,
+            )  # fmt: skip
     else:
         _key_gradients(
             pid - WEIGHT_PROGRAMS, x_ptr, v_ptr, mask_ptr, dh_ptr, dz_ptr, dx_ptr, dv_ptr,
@@ -269,6 +280,12 @@ def _linear_bwd_k_kernel(
         )  # fmt: skip
 
 
+def gradient_dtype(x):
+    """Of dM per block and of dH. phi / den of queries whose features next to no key has, and sums of scaled gradients,
+    leave float16, although what becomes of them, times phi(k), need not."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
 def norm_of(k, feature_map):
     return (k.shape[-1] if feature_map in SOFTMAX_MAPS else 1) / k.shape[2]
 
@@ -277,11 +294,11 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     """Launch the backward of phi(q) M / den. Fills dx in the query blocks.
 
     Returns dM [B, H, n, D, F], dz [B, H, n, F] and shares [B * H * n, D] of the bias's gradient, float32, of n chunks
-    of queries, or of the query blocks when `per_block` (dM in x's dtype then).
+    of queries, or of the query blocks when `per_block` (dM in `gradient_dtype` then).
     """
     halves = HALVES[feature_map]
-    # Where a mask hides every key z is 0, and phi / eps would not fit float16.
-    usual = not per_block and key_mask is None and halves == 1
+    # Where a mask hides every key z is 0: nothing but eps to divide by.
+    usual = not per_block and key_mask is None and halves == 1 and x.dtype != torch.float16
     if usual and all(map(aligned, (x, do, dx))) and takes_gluon(x):
         from .hopper_linear import hopper_linear_bwd_q
 
@@ -292,7 +309,7 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
     num_tiles = cdiv(Lq - sum(keep_q), block_m)
     tiles_per_chunk = blkq // block_m if per_block else chunk_size(num_tiles, config.programs, B * H)
     num_chunks = cdiv(num_tiles, tiles_per_chunk)
-    dm = run.empty((B, H, num_chunks, D, halves * D), x.dtype if per_block else torch.float32)
+    dm = run.empty((B, H, num_chunks, D, halves * D), gradient_dtype(x) if per_block else torch.float32)
     dz = run.empty((B, H, num_chunks, halves * D))
     dbias = run.empty((B * H * num_chunks, D))
     BLOCK_R = min(config.block_r, block_d(D))
@@ -301,7 +318,7 @@ def linear_bwd_q(run, x, do, m, z, dx, blkq, keep_q, feature_map, eps, per_block
         x, do, m, z, dx, dm, dz, dbias, *x.stride()[:3], *do.stride()[:3], *dx.stride()[:3],
         H, m.shape[1], m.shape[2], keep_q[0], Lq - keep_q[1], num_tiles, tiles_per_chunk, eps,
         D=D, BLOCK_D=block_d(D), BLOCK_M=block_m, BLOCK_R=BLOCK_R, PHI=feature_map, NUM_HALVES=halves,
-        PRECISION=PRECISION, **config.options,
+        PRECISION=rounded_precision(x.dtype), **config.options,
     )  # fmt: skip
     return dm, dz, dbias
 
@@ -313,14 +330,14 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
     leaves those to others.
     """
     halves = HALVES[feature_map]
-    usual = weights is not None and key_mask is None and halves == 1
+    usual = weights is not None and key_mask is None and halves == 1 and x.dtype != torch.float16
     if usual and all(map(aligned, (x, v, dx, dv))) and takes_gluon(x):
         from .hopper_linear import hopper_linear_bwd_k
 
         hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
         return
     B, Hkv, Lk, D = x.shape
-    config = linear_k_config(x, halves)
+    config = linear_k_config(dh, halves)
     per_block = dh.shape[2] > 1
     block_n = min(blkk, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lk - sum(keep_k), block_n)
@@ -336,6 +353,6 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
         *x.stride()[:3], *v.stride()[:3], *dx.stride()[:3], *dv.stride()[:3],
         Hkv, dh.shape[2], Lk, keep_k[0], Lk - keep_k[1], num_tiles, num_chunks, tiles_per_chunk, num_rows, num_shares,
         D=D, BLOCK_D=block_d(D), BLOCK_N=block_n, BLOCK_R=min(config.block_r, block_d(D)), PHI=feature_map,
-        NUM_HALVES=halves, HAS_MASK=key_mask is not None, PRECISION=PRECISION,
-        WEIGHT_PROGRAMS=first, TILE=32, **config.options,
+        NUM_HALVES=halves, HAS_MASK=key_mask is not None, PRECISION=rounded_precision(x.dtype),
+        WEIGHT_PROGRAMS=first, WEIGHT_PRECISION=PRECISION, TILE=32, **config.options,
     )  # fmt: skip

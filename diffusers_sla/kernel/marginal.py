@@ -3,8 +3,6 @@ map with the sums per key block. No sum is subtracted from that over all blocks,
 the transpose.
 """
 
-import torch
-
 
 def marginal_rows(block_map, num_kv_heads, dtype):
     """0/1 matrix [B, Hkv, H // Hkv * num_q_blocks, num_k_blocks] of the marginal blocks."""
@@ -24,20 +22,14 @@ def gather_marginal(sums, z, block_map, weight):
 
 
 def scatter_marginal(dm, dz, block_map, weight, sums, norm):
-    """From dM [.., D, F] and dz of query blocks to norm dH [B, Hkv, num_k_blocks, F, D] in their dtype, norm dz of key
+    """From dM [.., D, F] and dz of query blocks to norm dH [B, Hkv, num_k_blocks, F, D] in dM's dtype, norm dz of key
     blocks, and dW. sums: of key blocks, as above."""
     B, Hkv, _, D, F = sums.shape
     columns = marginal_rows(block_map, Hkv, dm.dtype).transpose(2, 3)
-    # Times norm, as the sum alone may leave float16.
-    dm = torch.baddbmm(dm.new_empty(()), columns.flatten(0, 1), dm.view(B * Hkv, -1, D * F), beta=0, alpha=norm)
-    dm = dm.view(sums.shape).mT
+    dm = (columns @ dm.view(B, Hkv, -1, D * F)).view(sums.shape).mT
     dz = columns.float() @ dz.view(B, Hkv, -1, F)
-    cut = None
-    if dm.dtype == torch.float16:  # as `project` does
-        cut = (dm.abs() > 16376).any(-1, keepdim=True)
-        dm = dm.clamp(-65504, 65504)
+    sums = sums.to(dm.dtype)
     dweight = 0.0
     for part, part_sums in zip(dm.chunk(8, 2), sums.chunk(8, 2)):  # one sum over all features is less exact
         dweight += (part.flatten(2, 3).mT @ part_sums.mT.flatten(2, 3)).float().sum((0, 1))
-    dh = dm @ weight.to(dm.dtype)
-    return dh if cut is None else torch.where(cut, dh.clamp(-65504, 65504), dh), dz * norm, dweight / norm
+    return dm @ weight.to(dm.dtype) * norm, dz * norm, dweight

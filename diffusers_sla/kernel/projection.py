@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from .features import cut_off
 from .forward import dot_over_d
 from .launch import block_d, cdiv, projected_columns, rounded_precision, summed_stages
 
@@ -32,20 +31,12 @@ def project(
         z += tl.load(z_ptr + chunk * F + f, mask=f < F, other=0.0)
     tl.store(total_ptr + (head * F + f)[:, None] * D + d[None, :], total, mask=inside)
     tl.store(z_total_ptr + head * F + f, z * factor, mask=f < F)
-    # A gradient beyond a quarter of float16's range already before W is of a feature that next to no key has, and is
-    # cut off, see `finite`; what W makes of others may become infinite, so that whoever scales the loss hears of it.
-    CUT: tl.constexpr = not TRANSPOSE and product_ptr.dtype.element_ty == tl.float16
-    if CUT:
-        beyond = tl.max(tl.abs(total), 1) * factor > 16376.0
-        total = cut_off(total, 65504.0 / factor)
     for first in tl.static_range(0, D, BLOCK_E):
         if first > 0:
             e += BLOCK_E
             w = _weight_tile(w_ptr, d, e, D, TRANSPOSE)
         product = dot_over_d(total, w, EXACT, PRECISION) * factor
         ptrs = product_ptr + (head * F + f)[:, None] * D + e[None, :]
-        if CUT:
-            product = tl.where(beyond[:, None], cut_off(product, 65504.0), product)
         tl.store(ptrs, product.to(product_ptr.dtype.element_ty), mask=(f[:, None] < F) & (e[None, :] < D))
 
 

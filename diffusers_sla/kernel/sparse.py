@@ -7,6 +7,7 @@ only repeat a plan (plan.py).
 """
 
 import functools
+import os
 from typing import List, Optional, Tuple
 
 import torch
@@ -14,15 +15,19 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
+from .derivatives import first_derivative_only
 from .features import HALVES
 from .forward import num_rows, sparse_fwd, statistics
-from .linear import EPS, linear_bwd_k, linear_bwd_q, norm_of
+from .linear import EPS, gradient_dtype, linear_bwd_k, linear_bwd_q, norm_of
 from .marginal import gather_marginal, scatter_marginal
 from .plan import Now, Parts, Plan, layout, like, planned
 from .prepare import prepare
 from .projection import project_sums
 from .reference import check_chosen
 from .selection import indices_of, select
+
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton decides it, where kernels are defined
 
 
 def _on_its_device(function):
@@ -44,8 +49,7 @@ def sla_attention_triton(
     key_mask, keep_q, keep_k, block_map,
 ):  # fmt: skip
     """`sla_attention` by the kernels. All arguments as there, all required."""
-    if q.dtype == torch.bfloat16 and not q.is_cuda:
-        raise TypeError("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 there")
+    _check_device(q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if linear == "none" or proj_l_weight is None:
         linear = "none"
@@ -56,32 +60,60 @@ def sla_attention_triton(
     tensors = (q, k, v, *(None if x is None else x.contiguous() for x in given))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     settings = (topk, skip, scale, blkq, blkk, feature_map, linear, (*keep_q, *keep_k))
-    if torch.compiler.is_compiling() or type(q) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, tensors)):
         return _forward(*tensors, *settings[:-1], list(settings[-1]), save)[0]
-    return _Direct.apply(*tensors, settings) if save else _compute_forward(*tensors, *settings, False)[0]
+    if save or torch.autograd.forward_ad._current_level >= 0:  # whose tangents an autograd.Function refuses
+        return _Direct.apply(*tensors, settings)
+    return _compute_forward(*tensors, *settings, False)[0]
 
 
-@_on_its_device
+def _check_device(q):
+    if q.is_cuda:
+        return
+    if not INTERPRETED:
+        raise ValueError(f"impl 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 from the start, got {q.device}")
+    if q.dtype == torch.bfloat16:
+        raise TypeError("Triton's interpreter multiplies bfloat16 matrices wrongly; use float32 or float16 there")
+
+
 def select_blocks_triton(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
     """`select_blocks` by the kernels."""
-    run = Now(q.device)
+    _check_device(q)
     key_mask = None if key_mask is None else key_mask.contiguous()
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _select(q, k, key_mask, topk, skip, scale, blkq, blkk, [*keep_q, *keep_k])
+
+
+@torch.library.custom_op(add_op_namespace_prefix("select"), mutates_args=())
+@_on_its_device
+def _select(
+    q: Tensor, k: Tensor, key_mask: Optional[Tensor], topk: float, skip: float, scale: float, blkq: int, blkk: int,
+    keep: List[int],
+) -> Tensor:  # fmt: skip
+    run = Now(q.device)
     q_mean, k_mean, k_bias, _, _ = prepare(
-        run, q, k, k, None, key_mask, blkq, blkk, keep_q, keep_k, "softmax", "none", True, 1.0
+        run, q, k, k, None, key_mask, blkq, blkk, tuple(keep[:2]), tuple(keep[2:]), "softmax", "none", True, 1.0
     )
     rows, num_k_blocks = q_mean.shape[:3], k_mean.shape[2]
     indices = run.empty((*rows, max(1, int(topk * num_k_blocks))), torch.int32)
     block_map = run.empty((*rows, num_k_blocks), torch.int8)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     select(run, q_mean, k_mean, k_bias, skip, scale, q.dtype, indices, block_map)
     return block_map
+
+
+@_select.register_fake
+def _(q, k, key_mask, topk, skip, scale, blkq, blkk, keep):
+    parts = Parts(q.device)
+    block_map = _kept(parts, q, k, topk, blkq, blkk, "softmax", "none", keep, False, True)[3]
+    return q.new_empty(block_map.shape, dtype=torch.int8)
 
 
 def _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, choose):
     """The tensors that a forward leaves to its backward, one after the other in `parts`; None for those there are not.
 
-    o_s [B, H, Lq, D] with o's strides and lse when `save`; indices [B, H, num_q_blocks, n] int32; the
-    block map when `choose`; m [B, Hkv, 1, F, D], h [B, Hkv, F, D] and z [B, Hkv, 1, F] when every block is summed.
+    o_s [B, H, Lq, D] and lse when `save`; indices [B, H, num_q_blocks, n] int32; the block map when `choose`; m [B,
+    Hkv, 1, F, D], h [B, Hkv, F, D] and z [B, Hkv, 1, F] when every block is summed. They lie where shapes alone say,
+    as hooks on what autograd saves may give q back with other strides.
     """
     (B, H, Lq, D), (Hkv, Lk) = o.shape, k.shape[1:3]
     num_q_blocks = (Lq - keep[0] - keep[1] + blkq - 1) // blkq
@@ -89,7 +121,7 @@ def _kept(parts, o, k, topk, blkq, blkk, feature_map, linear, keep, save, choose
     n = torch.sym_max(1, torch.sym_int(topk * num_k_blocks))
     F, sums = HALVES[feature_map] * D, linear == "all"
     return (
-        parts.add(o.shape, o.dtype, o.stride()) if save else None,
+        parts.add(o.shape, o.dtype) if save else None,
         parts.add((statistics(o.dtype), B, H, num_rows(Lq, blkq))) if save else None,
         parts.add((B, H, num_q_blocks, n), torch.int32),
         parts.add((B, H, num_q_blocks, num_k_blocks), torch.int8) if choose else None,
@@ -221,7 +253,7 @@ def _backward_steps(
                 dbias.copy_(shares.sum(0))
             del sums
         else:
-            total, dh, dz_total = run.empty(h.shape), run.empty(m.shape, m.dtype), run.empty(z.shape)
+            total, dh, dz_total = run.empty(h.shape), run.empty(m.shape, gradient_dtype(q)), run.empty(z.shape)
             project_sums(run, dm, dz, proj_l_weight, total, dh, dz_total, k.shape[1], False, norm)
             weights, dz = (total, h, shares, dweight, dbias), dz_total
         del dm
@@ -349,7 +381,7 @@ class _Direct(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, do):
         saved = ctx.saved_tensors
         return _needed(ctx, saved[:8], _compute_backward(do, *saved, *ctx.settings), 3)

@@ -22,6 +22,7 @@ def run(*arguments):
         (["--plot", "no/where/x.png"], "--plot no/where/x.png: there is no folder no/where"),
         (["--plot", "x.txt"], "a plot is written as .png, .jpg, .pdf, .svg, got 'x.txt'"),
         (["--plot", "x.png"], "--plot needs matplotlib: pip install 'diffusers-sla[demo]'"),
+        (["--flex", "--pass", "backward"], "--flex: FlexAttention has no backward on a CPU; give --pass forward"),
         (["--topk", "2"], "topk must be a number in (0, 1], got 2.0"),
     ],
 )

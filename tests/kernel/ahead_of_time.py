@@ -25,6 +25,8 @@ CASES = [
     (128, torch.bfloat16, 64, 64, "softmax", False),
     (128, torch.bfloat16, 128, 64, "softmax", False),
     (128, torch.float16, 128, 128, "hedgehog", False),
+    (128, torch.float16, 64, 64, "softmax", False),
+    (64, torch.float16, 64, 64, "softmax", True),
     (64, torch.bfloat16, 64, 64, "softmax", False),
     (40, torch.bfloat16, 64, 64, "elu", False),
     (256, torch.bfloat16, 64, 64, "softmax", False),
@@ -104,7 +106,8 @@ def main(backend, arch, count=None):
         target, limit = GPUTarget(backend, arch, 64), launch.ROCM_SHARED
         for module in (launch, linear, prepare):
             module.PRECISION = "ieee"
-        projection.rounded_precision = selection.rounded_precision = lambda dtype: "ieee"
+        for module in (linear, projection, selection):
+            module.rounded_precision = lambda dtype: "ieee"
     launch.shared_memory = lambda device: limit
     if arch == "90":
         from diffusers_sla.kernel import hopper, hopper_linear, hopper_prepare

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from diffusers_sla.kernel import select_blocks, sla_attention
+from diffusers_sla.kernel import select_blocks, sla_attention, sparse
 
 X = torch.zeros(1, 2, 32, 16)
 
@@ -109,6 +110,47 @@ def test_nothing_that_a_mask_hides_reaches_anyone(impl, feature_map, linear, dev
         v[:, :, ~mask[0]] = number
         got = _gradients(q, k, v, impl, feature_map, linear, mask)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # eager's sums on a GPU vary in order
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_a_second_derivative_is_refused(impl, device):
+    q, k, v = (torch.randn(1, 1, 32, 16, device=device).requires_grad_() for _ in range(3))
+    o = sla_attention(q, k, v, topk=0.5, blkq=16, blkk=16, linear="none", impl=impl)
+    (dq,) = torch.autograd.grad(o.sum(), q, create_graph=True)  # the incoming gradient has none of its own
+    with pytest.raises(RuntimeError, match="sla_attention has no second derivative"):
+        dq.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_tangents_are_refused(impl, device):
+    q, k, v = (torch.randn(1, 1, 32, 16, device=device) for _ in range(3))
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            sla_attention(q, k, v, topk=0.5, blkq=16, blkk=16, linear="none", impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager", "reference"])
+def test_blocks_are_chosen_as_attention_chooses_them_under_autocast(impl, device):
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 2, 512, 16, device=device) for _ in range(2))
+    k = k * 0.03 + 100  # of which float16 keeps less
+    with torch.autocast(device, torch.float16):
+        under = select_blocks(q, k, topk=0.3, blkq=16, blkk=16, impl=impl)
+    assert torch.equal(under, select_blocks(q.half(), k.half(), topk=0.3, blkq=16, blkk=16, impl=impl))
+    assert not torch.equal(under, select_blocks(q, k, topk=0.3, blkq=16, blkk=16, impl=impl))
+
+
+def test_triton_says_what_it_needs(device, monkeypatch):
+    q = torch.randn(1, 1, 32, 16)
+    for call in (lambda x: sla_attention(x, x, x, impl="triton"), lambda x: select_blocks(x, x, impl="triton")):
+        with monkeypatch.context() as patched:
+            patched.setattr(sparse, "INTERPRETED", False)
+            with pytest.raises(ValueError, match=r"impl 'triton' needs tensors on a GPU, .* got cpu"):
+                call(q)
+        if device == "cpu":
+            with pytest.raises(TypeError, match="interpreter multiplies bfloat16"):
+                call(q.bfloat16())
 
 
 @pytest.mark.parametrize("linear", ["all", "marginal"])

@@ -32,8 +32,8 @@ def test_hoppers_own_kernels_compile():
     "target", [("cuda", "80"), ("cuda", "86"), ("cuda", "90"), ("cuda", "100"), ("cuda", "120"), ("hip", "gfx942")]
 )
 def test_every_case_compiles_and_fits(target):
-    more = 3 * 24 if target[1] == "90" else 0  # without proj_s, by the kernels in Gluon
-    assert compile_for(*target) == [f"compiled {72 + more}"]
+    more = 5 * 24 if target[1] == "90" else 0  # without proj_s, by the kernels in Gluon
+    assert compile_for(*target) == [f"compiled {88 + more}"]
 
 
 @pytest.mark.parametrize("shared", [launch.ROCM_SHARED, launch.SMALL_SHARED, *launch.SHARED.values()])

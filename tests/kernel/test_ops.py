@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from diffusers_sla.kernel import sla_attention
+from diffusers_sla.kernel import select_blocks, sla_attention
 
 
 def _tensors(device, L=48):
@@ -17,16 +17,16 @@ def _op(q, k, v, w):
     return sla_attention(q, k, v, topk=0.4, blkq=16, blkk=16, proj_l_weight=w, impl="triton")
 
 
-def test_the_forward_op_passes_opcheck(device):
-    from diffusers_sla.kernel.sparse import _forward
+def test_the_ops_pass_opcheck(device):
+    from diffusers_sla.kernel.sparse import _forward, _select
 
     q, k, v, w = _tensors(device)
     arguments = (
         q, k, v, w, None, None, None, None, None, None, 0.4, 0.0, 0.25, 16, 16, "softmax", "all", [0, 0, 0, 0], True,
     )  # fmt: skip
-    torch.library.opcheck(
-        _forward, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
+    torch.library.opcheck(_forward, arguments)
+    x = [t.detach() for t in (q, k)]
+    torch.library.opcheck(_select, (*x, None, 0.4, 0.0, 0.25, 16, 16, [0, 0, 0, 0]))
 
 
 def test_one_graph_whatever_the_length(device):
@@ -38,6 +38,29 @@ def test_one_graph_whatever_the_length(device):
         assert torch.equal(actual, expected)
         gradients = (torch.autograd.grad(o.square().sum(), tensors) for o in (actual, expected))
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_choice_of_blocks_compiles(device):
+    torch._dynamo.reset()
+    q, k, _, _ = _tensors(device, 80)
+
+    def op(q, k):
+        return select_blocks(q, k, topk=0.4, blkq=16, blkk=16, keep_k=(0, 3), impl="triton")
+
+    assert torch.equal(torch.compile(op, fullgraph=True, backend="aot_eager")(q, k), op(q, k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_eager_compiles_as_one_graph(dtype):
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(1, 2, 48, 16).to(dtype) for _ in range(3))
+
+    def op(scale):
+        return sla_attention(q, k, v, topk=0.4, blkq=16, blkk=16, linear="none", scale=scale, impl="eager")
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for scale in (0.25, 0.3, 0.2):
+        assert torch.equal(compiled(scale), op(scale))
 
 
 def test_a_given_map_is_checked_where_the_compiled_call_runs(device):
