@@ -19,6 +19,17 @@ def _exp(x, top):
 
 
 @triton.jit
+def operand(x, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """x float32 as dtype. Where float32 stands for float16 (not EXACT), rounded to the bits that tensor cores read as
+    tf32, as many as float16's: what they would do is cut off, and sums of that lean to one side."""
+    if dtype == tl.float32 and not EXACT:
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def phi_stats(x, valid, PHI: tl.constexpr):
     """Row maximum and row total of a softmax-like phi: two [rows] vectors. `valid` [1, columns] masks padding."""
     if PHI == "softmax":

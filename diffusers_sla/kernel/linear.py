@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .eager import SOFTMAX_MAPS
-from .features import HALVES, phi_stats, phi_tile, phi_tile_backward
+from .features import HALVES, operand, phi_stats, phi_tile, phi_tile_backward
 from .forward import add_dot, dot_over_d
 from .launch import (
     PRECISION,
@@ -117,7 +117,7 @@ def _linear_bwd_q_kernel(
             df = mdo * inv[:, None] + dden[:, None] * z[None, :]
             dx += phi_tile_backward(x_own, f, df, t, PHI, half)
             dz = tl.sum(tl.reshape(f * dden[:, None], [BLOCK_M // 16, 2, 8, BLOCK_R]), 1)
-            f = (f * inv[:, None]).to(OPERAND)
+            f = operand(f * inv[:, None], OPERAND, EXACT)
             if half == 0:
                 dm_0 = add_dot(tl.trans(do).to(OPERAND), f, dm_0, EXACT, PRECISION)
                 dz_0 += dz
@@ -189,6 +189,7 @@ def _key_gradients(
     ONE: tl.constexpr = WHOLE and NUM_HALVES == 1  # then dH is one tile, loaded once
     h_at = (bh * H_BLOCKS + tl.where(H_BLOCKS == 1, 0, chunk)) * NUM_HALVES
     dh = tl.load(dh_ptr + (h_at * D + r)[:, None] * D + cols[None, :], mask=(r[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+    dh = operand(dh, dh.dtype, EXACT)
     dz = tl.load(dz_ptr + h_at * D + r, mask=r < D, other=0.0)
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, num_tiles)):
         rows = k_first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -218,9 +219,10 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                    dh = operand(dh, dh.dtype, EXACT)
                 df = dot_over_d(v.to(dh.dtype), tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 t += tl.sum(f * df, 1)
-                dv = add_dot(f.to(dh.dtype), dh, dv, EXACT, PRECISION)
+                dv = add_dot(operand(f, dh.dtype, EXACT), dh, dv, EXACT, PRECISION)
         stored = row_valid[:, None] & (cols[None, :] < D)
         dv_ptrs = dv_ptr + b * stride_wb + h * stride_wh + at * stride_wl + cols[None, :]
         tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=stored)
@@ -238,6 +240,7 @@ def _key_gradients(
                     feature = (h_at + half) * D + part
                     dz = tl.load(dz_ptr + feature, mask=part < D, other=0.0)
                     dh = tl.load(dh_ptr + feature[:, None] * D + cols[None, :], mask=(part[:, None] < D) & (cols[None, :] < D), other=0.0)  # fmt: skip  # noqa: E501
+                    dh = operand(dh, dh.dtype, EXACT)
                     df = dot_over_d(v.to(dh.dtype), tl.trans(dh), EXACT, PRECISION) + dz[None, :]
                 dx += phi_tile_backward(x_part, f, df, t, PHI, half)
             dx = tl.where(visible[:, None], dx, 0.0)
