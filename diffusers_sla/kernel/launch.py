@@ -313,3 +313,10 @@ def linear_k_config(k, halves):
         rows=16 if row > 512 else 64 if wide else 32, programs=528, registers=_all_registers(k),
         fusion=_fusion(k),
     )  # fmt: skip
+
+
+def half_k_config(dh, halves):
+    """As `linear_k_config`, of float16 but for dH, which is float32."""
+    if halves == 1 and _row_bytes(dh) == 512 and shared_memory(dh.device) > 2 * SMALL_SHARED:
+        return Launch(num_warps=8, num_stages=1, block_r=128, rows=64, programs=528, registers=255)
+    return linear_k_config(dh, halves)
