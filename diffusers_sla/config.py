@@ -132,5 +132,6 @@ def _check_number(name, value, allowed, what):
 
 
 def _check_choice(name, value, choices):
-    if type(value) is not type(choices[0]) or value not in choices:  # 64.0 is among them
+    kind = str if isinstance(choices[0], str) else int
+    if not isinstance(value, kind) or isinstance(value, bool) or value not in choices:  # 64.0 is among them
         raise SLAConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -92,10 +92,10 @@ def tune(
     # On a GPU in processes of their own: what a tile that reads out of bounds breaks is a process.
     apart = device.type == "cuda"
     with Workers(jobs if apart else 0, _compiles) as compilers, Workers(1 if apart else 0, _times) as timer:
-        for what, chosen, sizes in _kernels(q, calls.blkq, calls.blkk):
-            key = launch.table_key(chosen, q, *sizes)
-            default, usual = chosen(q, *sizes), dict(table)
-            trials = list(_trials(chosen.__name__, default, q, *sizes))
+        for what, chosen, x, sizes in _kernels(q, calls.blkq, calls.blkk):
+            key = launch.table_key(chosen, x, *sizes)
+            default, usual = chosen(x, *sizes), dict(table)
+            trials = list(_trials(chosen.__name__, default, x, *sizes))
             works = [Work(device, calls, what, usual | {key: trial}, usual, repeats) for trial in trials]
             outcomes = compilers.map(works) if apart else ["fits"] * len(trials)  # the interpreter compiles nothing
             (before,) = timer.map([Work(device, calls, what, usual, usual, repeats)])
@@ -224,19 +224,20 @@ def _times(work: Work) -> Any:
 
 
 def _kernels(q, blkq, blkk):
-    """The pass that each kernel is timed in, its function in launch.py and the sizes that this takes; without those
-    in whose place a kernel in Gluon runs, which has one tile."""
+    """The pass that each kernel is timed in, its function in launch.py, and the tensor and sizes that this takes;
+    without those in whose place a kernel in Gluon runs, which has one tile."""
+    half = q.dtype == torch.float16
     kernels = [
-        ("forward", launch.prepare_config, (blkk, 1)),
-        ("forward", launch.forward_config, (blkq, blkk)),
-        ("backward", launch.linear_q_config, (1,)),
-        ("backward", launch.linear_k_config, (1,)),
-        ("backward", launch.dq_config, (blkq, blkk)),
-        ("backward", launch.dkdv_config, (blkq, blkk)),
+        ("forward", launch.prepare_config, q, (blkk, 1)),
+        ("forward", launch.forward_config, q, (blkq, blkk)),
+        ("backward", launch.linear_q_config, q, (1,)),
+        ("backward", launch.half_k_config, q.float(), (1,)) if half else ("backward", launch.linear_k_config, q, (1,)),
+        ("backward", launch.dq_config, q, (blkq, blkk)),
+        ("backward", launch.dkdv_config, q, (blkq, blkk)),
     ]
     in_gluon = []
     if launch.takes_gluon(q):
-        in_gluon = [launch.linear_q_config, launch.linear_k_config]
+        in_gluon = [] if half else [launch.linear_q_config, launch.linear_k_config]
         if blkq >= 64 == blkk:
             in_gluon += [launch.prepare_config, launch.forward_config]
     return [kernel for kernel in kernels if kernel[1] not in in_gluon]
@@ -252,7 +253,7 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
     elif name == "linear_q_config":
         # Not narrower tiles of M with more stages: on Hopper, Triton 3.6 makes some of them read out of bounds.
         shapes = [{"rows": rows} for rows in (32, 64, 128)]
-    elif name == "linear_k_config":
+    elif name in ("linear_k_config", "half_k_config"):
         shapes = [{"rows": rows, "programs": programs} for rows in (32, 64) for programs in (264, 528, 1056)]
     else:
         blkq, blkk = sizes

@@ -1,4 +1,6 @@
 import dataclasses
+import enum
+import json
 
 import numpy as np
 import pytest
@@ -100,3 +102,10 @@ def test_schedules_are_plain_lists_in_files_and_hashable_here():
     assert config.to_dict()["dense_layers"] == [0, -1, "blocks.3.attn1"]
     assert SLAConfig.parse(config.to_dict()) == config
     assert len({config, SLAConfig.parse(config.to_dict())}) == 1
+
+
+def test_text_may_be_a_member_of_an_enumeration():
+    class Phi(enum.StrEnum):
+        ELU = "elu"
+
+    assert json.dumps(SLAConfig(feature_map=Phi.ELU).to_dict()["feature_map"]) == '"elu"'

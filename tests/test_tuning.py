@@ -27,7 +27,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
     default = launch.dq_config(q, 32, 32)
     wrong, better = Launch(num_warps=8, num_stages=1), Launch(num_warps=4, num_stages=4)
     key = launch.table_key(launch.dq_config, q, 32, 32)
-    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
+    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, q, (blkq, blkk)),))
     monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([better, wrong]))
     monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
     times = {default: 4.0, wrong: 1.0, better: 2.0}
@@ -42,7 +42,7 @@ def test_the_fastest_right_tiles_are_kept(monkeypatch):
 def test_where_nothing_is_faster_the_table_stays(monkeypatch):
     q = torch.empty(1, 1, 1, 16)
     default, slower = launch.dq_config(q, 32, 32), Launch(num_warps=8, num_stages=1)
-    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, (blkq, blkk)),))
+    monkeypatch.setattr(tuning, "_kernels", lambda q, blkq, blkk: (("backward", launch.dq_config, q, (blkq, blkk)),))
     monkeypatch.setattr(tuning, "_trials", lambda *arguments: iter([slower]))
     monkeypatch.setattr(tuning, "sla_attention", lambda q, k, v, **_: (q + k) * v)
     times = {default: 1.0, slower: 2.0}
@@ -75,7 +75,10 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     found = list(tuning.tune("cpu", tuning.Calls(16, "float32", 32, 32, 1, 96, 0.4), repeats=1))
     assert [f.key for f in found] == names[:2] + names[4:]
     kernels = tuning._kernels(torch.empty(1, 1, 1, 128, dtype=torch.bfloat16), 64, 64)
-    assert [chosen.__name__ for _, chosen, _ in kernels] == ["dq_config", "dkdv_config"]
+    assert [chosen.__name__ for _, chosen, *_ in kernels] == ["dq_config", "dkdv_config"]
+    half = tuning._kernels(torch.empty(1, 1, 1, 128, dtype=torch.float16), 64, 64)  # its gradients are Triton's
+    keys = [launch.table_key(chosen, x, *sizes) for _, chosen, x, sizes in half]
+    assert keys == ["linear_q 128x2 1", "half_k 128x4 1", "dq 128x2 64x64", "dkdv 128x2 64x64"]
 
 
 def outcome_of(work):

@@ -16,7 +16,7 @@ EPS = 1e-5
 SOFTMAX_MAPS = ("softmax", "hedgehog")
 # Bytes of gathered keys, values and scores, or of one piece of phi(q) or phi(k): in cache, also of a busy machine.
 STEP_BYTES = 4 << 20
-FAST_BF16 = torch.cpu._is_avx512_bf16_supported()  # here, as Dynamo does not trace it
+FAST_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # here, as Dynamo does not trace it
 
 
 def select_blocks_eager(q, k, topk, blkq, blkk, skip, scale, key_mask, keep_q, keep_k):
@@ -287,8 +287,8 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, do):
-        q, k, v, indices, key_mask = ctx.saved_tensors
+    def backward(ctx, saved, do):
+        q, k, v, indices, key_mask = saved
         blkq, blkk, keep_k, scale = ctx.settings
         gather = _Gather(q, k, v, indices, key_mask, blkq, blkk, keep_k)
         do = _blocks(do, blkq).reshape(gather.q.shape)

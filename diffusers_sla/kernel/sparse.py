@@ -7,17 +7,17 @@ only repeat a plan (plan.py).
 """
 
 import functools
-import os
 from typing import List, Optional, Tuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .backward import sparse_bwd
 from .derivatives import first_derivative_only
 from .features import HALVES
-from .forward import num_rows, sparse_fwd, statistics
+from .forward import _sparse_fwd_kernel, num_rows, sparse_fwd, statistics
 from .linear import EPS, gradient_dtype, linear_bwd_k, linear_bwd_q, norm_of
 from .marginal import gather_marginal, scatter_marginal
 from .plan import Now, Parts, Plan, layout, like, planned
@@ -27,7 +27,7 @@ from .reference import check_chosen
 from .selection import indices_of, select
 
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton decides it, where kernels are defined
+INTERPRETED = not isinstance(_sparse_fwd_kernel, triton.JITFunction)
 
 
 def _on_its_device(function):
@@ -382,6 +382,5 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx, do):
-        saved = ctx.saved_tensors
+    def backward(ctx, saved, do):
         return _needed(ctx, saved[:8], _compute_backward(do, *saved, *ctx.settings), 3)

@@ -28,6 +28,7 @@ CASES = [
     (128, torch.float16, 64, 64, "softmax", False),
     (64, torch.float16, 64, 64, "softmax", True),
     (80, torch.float16, 64, 128, "elu", True),
+    (256, torch.float16, 64, 64, "hedgehog", False),
     (64, torch.bfloat16, 64, 64, "softmax", False),
     (40, torch.bfloat16, 64, 64, "elu", False),
     (256, torch.bfloat16, 64, 64, "softmax", False),
