@@ -133,5 +133,5 @@ def _check_number(name, value, allowed, what):
 
 def _check_choice(name, value, choices):
     kind = str if isinstance(choices[0], str) else int
-    if not isinstance(value, kind) or isinstance(value, bool) or value not in choices:  # 64.0 is among them
+    if not isinstance(value, kind) or isinstance(value, bool) or value not in choices:  # 64.0 == 64
         raise SLAConfigError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -227,11 +227,12 @@ def _kernels(q, blkq, blkk):
     """The pass that each kernel is timed in, its function in launch.py, and the tensor and sizes that this takes;
     without those in whose place a kernel in Gluon runs, which has one tile."""
     half = q.dtype == torch.float16
+    of_k = (launch.linear_k_float16_config, q.float()) if half else (launch.linear_k_config, q)
     kernels = [
         ("forward", launch.prepare_config, q, (blkk, 1)),
         ("forward", launch.forward_config, q, (blkq, blkk)),
         ("backward", launch.linear_q_config, q, (1,)),
-        ("backward", launch.half_k_config, q.float(), (1,)) if half else ("backward", launch.linear_k_config, q, (1,)),
+        ("backward", *of_k, (1,)),
         ("backward", launch.dq_config, q, (blkq, blkk)),
         ("backward", launch.dkdv_config, q, (blkq, blkk)),
     ]
@@ -253,7 +254,7 @@ def _trials(name: str, default: Launch, q, *sizes) -> Iterator[Launch]:
     elif name == "linear_q_config":
         # Not narrower tiles of M with more stages: on Hopper, Triton 3.6 makes some of them read out of bounds.
         shapes = [{"rows": rows} for rows in (32, 64, 128)]
-    elif name in ("linear_k_config", "half_k_config"):
+    elif name in ("linear_k_config", "linear_k_float16_config"):
         shapes = [{"rows": rows, "programs": programs} for rows in (32, 64) for programs in (264, 528, 1056)]
     else:
         blkq, blkk = sizes

@@ -78,7 +78,7 @@ def test_every_kernel_is_tuned_on_real_calls(monkeypatch):
     assert [chosen.__name__ for _, chosen, *_ in kernels] == ["dq_config", "dkdv_config"]
     half = tuning._kernels(torch.empty(1, 1, 1, 128, dtype=torch.float16), 64, 64)  # its gradients are Triton's
     keys = [launch.table_key(chosen, x, *sizes) for _, chosen, x, sizes in half]
-    assert keys == ["linear_q 128x2 1", "half_k 128x4 1", "dq 128x2 64x64", "dkdv 128x2 64x64"]
+    assert keys == ["linear_q 128x2 1", "linear_k_float16 128x4 1", "dq 128x2 64x64", "dkdv 128x2 64x64"]
 
 
 def outcome_of(work):

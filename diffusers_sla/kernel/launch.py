@@ -316,7 +316,7 @@ def linear_k_config(k, halves):
 
 
 @tunable
-def half_k_config(dh, halves):
+def linear_k_float16_config(dh, halves):
     """As `linear_k_config`, where all is float16 but dH, which is float32."""
     if halves == 1 and _row_bytes(dh) == 512 and shared_memory(dh.device) > 2 * SMALL_SHARED:
         return Launch(num_warps=8, num_stages=1, block_r=128, rows=64, programs=528, registers=255)

@@ -20,8 +20,8 @@ from .launch import (
     block_d,
     cdiv,
     chunk_size,
-    half_k_config,
     linear_k_config,
+    linear_k_float16_config,
     linear_q_config,
     rounded_precision,
     takes_gluon,
@@ -341,7 +341,8 @@ def linear_bwd_k(run, x, v, key_mask, dh, dz, dx, dv, blkk, keep_k, feature_map,
         hopper_linear_bwd_k(run, x, v, dh, dz, dx, dv, keep_k, feature_map, weights)
         return
     B, Hkv, Lk, D = x.shape
-    config = (half_k_config if x.dtype == torch.float16 else linear_k_config)(dh, halves)
+    config_of = linear_k_float16_config if x.dtype == torch.float16 else linear_k_config
+    config = config_of(dh, halves)
     per_block = dh.shape[2] > 1
     block_n = min(blkk, config.rows) if per_block else config.rows
     num_tiles = cdiv(Lk - sum(keep_k), block_n)

@@ -26,7 +26,7 @@ from .projection import project_sums
 from .reference import check_chosen
 from .selection import indices_of, select
 
-PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}  # others may have their numbers elsewhere than at data_ptr
 INTERPRETED = not isinstance(_sparse_fwd_kernel, triton.JITFunction)
 
 
